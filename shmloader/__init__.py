@@ -1,0 +1,59 @@
+"""shmloader: one decoded copy of every sample per node, behind a stock ``torch.utils.data.DataLoader``.
+
+    from torch.utils.data import DataLoader
+    from shmloader import ShmMultimodalDataset
+
+    dataset = ShmMultimodalDataset(dataset_name="AI-Lab-Makerere/beans", split="train")
+    for batch in DataLoader(dataset, batch_size=64, shuffle=True, num_workers=8):
+        batch["image"]
+
+Importing the package runs nothing else; torch is imported with the first use of the dataset.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from shmloader.errors import ShmloaderError
+
+if TYPE_CHECKING:
+    from shmloader.config import MultimodalConfig
+    from shmloader.dataset import ShmMultimodalDataset
+    from shmloader.options import Options
+    from shmloader.processors.image import decode_image
+    from shmloader.stats import Stats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MultimodalConfig",
+    "Options",
+    "ShmMultimodalDataset",
+    "ShmloaderError",
+    "Stats",
+    "__version__",
+    "decode_image",
+]
+
+_HOMES = {
+    "MultimodalConfig": "shmloader.config",
+    "Options": "shmloader.options",
+    "ShmMultimodalDataset": "shmloader.dataset",
+    "Stats": "shmloader.stats",
+    "decode_image": "shmloader.processors.image",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # The services import this package too, and must not pay for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'shmloader' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,332 @@
+"""`ShmMultimodalDataset`: a map-style dataset whose samples lie, decoded once, in shared memory."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import random
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from shmloader import _native as native
+from shmloader.collate import collate
+from shmloader.config import MultimodalConfig
+from shmloader.errors import ClosedError, OptionError
+from shmloader.options import ByteSize, DEFAULT_RING_SHARE, Options, parse_size
+from shmloader.prefetch.launch import SetFiles, start_set
+from shmloader.prefetch.payload import Work, write
+from shmloader.processors.text import check_tokenizer
+from shmloader.reader import Reader
+from shmloader.ring import RingFiles, memory_limits
+from shmloader.sources.base import SourceRequest
+from shmloader.stats import Stats
+from shmloader.tokens import batch_ring, join, known_files, open_batch_ring
+from shmloader.views import Sample
+
+log = logging.getLogger("shmloader")
+
+_ring_bytes_in_use: dict[int, int] = {}  # of the datasets of this process that took the default size
+
+
+class ShmMultimodalDataset(Dataset[dict[str, Any]]):
+    """Samples of a dataset, each decoded once per node and read in place by any number of processes.
+
+    Give it to a stock ``torch.utils.data.DataLoader``, with any number of workers. Constructing it starts the
+    prefetch processes and returns when the number of rows is known; samples come as they are decoded, and whoever asks
+    for one that is not there yet waits for it. Use it as a context manager, or `close` it; else it ends with the
+    process.
+
+    Args:
+        config: sizes of a sample (`MultimodalConfig`, or anything with its attributes).
+        tokenizer: anything with ``encode(str)``; ``tokenizers`` and transformers tokenizers are called by the batch;
+            None: the text's UTF-8 bytes.
+        split: name of the split.
+        dataset_name: a Hub id, a local folder or file, or an already loaded ``datasets`` object.
+        transform: called in the reading process on every read with a dict of private copies; returns a dict. Its
+            random numbers (``random``, numpy's and torch's global generators) are seeded by (seed, epoch, sample).
+        process: called once per row in a prefetch process, in place of the built-in decoding: takes the row as a dict
+            (images as ``{"bytes", "path"}``), returns a dict of arrays, tensors, numbers or strings; cached.
+        columns: which columns to use, as {"text" | "image" | "labels": column}; None: recognise them.
+        load: passed on to ``datasets`` (name, revision, token, data_files, …).
+        options: settings; None: those of the environment (``SHMLOADER_*``).
+        writable: ``dataset[i]`` gives private copies in place of read-only views.
+
+    A sample is a dict: ``text`` int64 [L], ``image`` [3, V, V] (dtype by the config), ``labels`` int64 (a class,
+    or [L] tokens), ``task_type``, ``source``; what the dataset lacks is absent. A batch has tensors [B, …], with
+    ``attention_mask`` beside ``text``.
+
+    Raises:
+        DatasetNotFoundError, SplitNotFoundError, EmptyDatasetError, ColumnError: at once.
+        OptionError: a bad argument or environment variable.
+        RingFullError: the samples need more than the ring; at once where their size is known, else from the reads
+            of those that found no room.
+    """
+
+    def __init__(
+        self,
+        config: Any = None,
+        tokenizer: Any = None,
+        split: str = "train",
+        dataset_name: Any = None,
+        *,
+        transform: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+        process: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+        columns: dict[str, str] | None = None,
+        load: dict[str, Any] | None = None,
+        options: Options | None = None,
+        writable: bool = False,
+    ) -> None:
+        if dataset_name is None:
+            raise OptionError(
+                "dataset_name= is needed: a Hub id, a local folder or file, or a loaded `datasets` object",
+                name="dataset_name",
+                value="None",
+                allowed="a dataset",
+            )
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
+        for name, function in (("transform", transform), ("process", process)):
+            if function is not None and not callable(function):
+                raise OptionError(
+                    f"{name}= must be callable, but got {type(function).__name__}",
+                    name=name,
+                    value=repr(function),
+                    allowed="a callable",
+                )
+        options = Options.from_env() if options is None else options
+        request = SourceRequest(dataset_name, split, columns, process is not None, dict(load or {}))
+        work = Work(request, MultimodalConfig() if config is None else config, tokenizer, process)
+        self.transform = transform
+        self.writable = writable
+        self.seed = 0
+        self._epoch_is_set = False
+        self._reader = _start(work, options)
+        self._closer = weakref.finalize(self, _close, self._reader, os.getpid())
+        self._closer.atexit = False  # the process's end is noticed without us
+        for notice in self._reader.plan.source.notices:
+            log.info("%s", notice)
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self._reader.plan.source.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for index in range(len(self)):
+            yield self[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The samples of ``indices``, looked up at once; torch's fetcher calls it with a whole batch."""
+        rows = self._rows(indices)
+        if not rows:
+            return []
+        attachment, refs = self._reader.get(rows)
+        if self.transform is None:
+            return [Sample.over(attachment, refs, i, self.writable) for i in range(len(rows))]
+        if self._epoch_is_set:
+            epochs = [attachment.ring.segment.epoch()] * len(rows)
+        else:
+            epochs = attachment.ring.segment.count_reads(refs.packed)
+        samples = (Sample.over(attachment, refs, i, writable=True) for i in range(len(rows)))
+        return [self._transformed(s, row, epoch) for s, row, epoch in zip(samples, rows, epochs, strict=True)]
+
+    def _rows(self, indices: Sequence[int]) -> list[int]:
+        rows = [operator.index(i) for i in indices]
+        n = len(self)
+        if rows and not 0 <= min(rows) <= max(rows) < n:
+            rows = [row + n if row < 0 else row for row in rows]
+            for index, row in zip(indices, rows, strict=True):
+                if not 0 <= row < n:
+                    raise IndexError(f"index {index} is out of range: {self.name!r} has {n} samples")
+        return rows
+
+    def _transformed(self, sample: Sample, row: int, epoch: int) -> Sample:
+        assert self.transform is not None
+        with _seeded(self.seed, epoch, row):
+            result = self.transform(dict(sample))
+        if not isinstance(result, Mapping):
+            raise OptionError(
+                f"transform= must return a dict, but got {type(result).__name__} (sample {row} of {self.name!r})",
+                name="transform",
+                value=type(result).__name__,
+                allowed="a function from dict to dict",
+            )
+        made = Sample(result)
+        made._attachment = sample._attachment  # for the padding that the schema says
+        return made
+
+    # -- around it -------------------------------------------------------------------------------------
+
+    @property
+    def collate(self) -> Callable[..., dict[str, Any]]:
+        """The collate function that a DataLoader takes by default for these samples."""
+        return collate
+
+    @property
+    def name(self) -> str:
+        """The dataset's name, as in every sample's ``source``."""
+        return self._reader.plan.source.name
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Which columns were chosen: {"text": …, "image": …, "labels": …} and ``class_names``."""
+        columns = self._reader.plan.source.columns
+        return {key: value for key, value in vars(columns).items() if value is not None}
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """For each source: name, split, mode, rows, revision, and what was noticed about it."""
+        source = self._reader.plan.source
+        return [
+            {
+                "name": source.name,
+                "split": source.split,
+                "mode": source.mode,
+                "rows": source.num_rows,
+                "revision": source.revision,
+                "notices": list(source.notices),
+            }
+        ]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Name the epoch for ``transform``'s seeds, in all workers, persistent ones included.
+
+        Without it the seed counts how often each sample was read.
+        """
+        self._epoch_is_set = True
+        self._reader.attach().segment.epoch(epoch)
+
+    def stats(self) -> Stats:
+        """What the set is doing, now."""
+        ring = self._reader.attach()
+        ring.segment.reap(False)
+        raw = ring.segment.stats()
+        services = [pid for _, pid, role in ring.segment.clients() if role == native.SERVICE]
+        batches = batch_ring()
+        counters = batches.counters if batches is not None else None
+        return Stats(
+            num_rows=len(self),
+            samples_ready=raw["num_ready"],
+            samples_bad=raw["num_errors"],
+            commits=raw["num_commits"],
+            ring_bytes=raw["ring_bytes"],
+            ring_backed_bytes=raw["backed_bytes"],
+            ring_used_bytes=raw["used_bytes"],
+            prefetchers=max(0, len(services) - 1),
+            service_pids=services,
+            num_workers=raw["num_workers"],
+            restarts=raw["num_reaped"],
+            batches_in_slots=counters.in_slots if counters else 0,
+            batches_copied=counters.copied if counters else 0,
+            batches_inline=counters.inline if counters else 0,
+            batch_backed_bytes=batches.ring.stats()["backed_bytes"] if batches is not None else 0,
+        )
+
+    def close(self) -> None:
+        """End this process's use: the prefetch processes end with the last owner. Samples and batches stay valid.
+
+        Raises nothing when called again; every other use then raises `ClosedError`.
+        """
+        self._closer()
+
+    def __enter__(self) -> ShmMultimodalDataset:
+        if self._reader.is_closed:
+            raise ClosedError(f"The dataset {self.name!r} was closed", dataset=self.name)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = ", closed" if self._reader.is_closed else ""
+        return f"ShmMultimodalDataset({self.name!r}, split={self._reader.plan.source.split!r}, rows={len(self)}{state})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """On the way to a spawned worker: the set's files and, by cloudpickle, the transform."""
+        import cloudpickle
+
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_closer", "transform")}
+        return state | {"transform": cloudpickle.dumps(self.transform), "batch_ring": known_files()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        import pickle
+
+        join(state.pop("batch_ring"))
+        self.transform = pickle.loads(state.pop("transform"))
+        self.__dict__.update(state)
+        self._closer = weakref.finalize(self, _close, self._reader, os.getpid())
+        self._closer.atexit = False
+
+
+def _start(work: Work, options: Options) -> Reader:
+    size = _ring_size(options)
+    ring_files = RingFiles.create(size)
+    head = {
+        "uuid": ring_files.uuid,
+        "num_prefetchers": options.num_prefetchers(),
+        "log": options.log,
+    }
+    fds: list[int] = []
+    try:
+        fds.append(write(work, head))
+        fds.append(os.memfd_create("shmloader-plan", os.MFD_CLOEXEC))
+        files = SetFiles(ring_files, *fds)
+        plan = start_set(files)
+        open_batch_ring()
+        reader = Reader(files, plan, options.timeout_s)
+        reader.attach()
+    except BaseException:
+        for fd in (*ring_files.fds, *fds):
+            os.close(fd)
+        raise
+    if options.ring_bytes is None:
+        _ring_bytes_in_use[id(reader)] = size
+        weakref.finalize(reader, _ring_bytes_in_use.pop, id(reader), None)
+    return reader
+
+
+def _ring_size(options: Options) -> int:
+    """Bytes of the ring: what was asked for, else what is left of a quarter of the smallest memory limit."""
+    limit, _, _ = memory_limits()
+    if options.ring_bytes is not None:
+        size = parse_size(options.ring_bytes).resolve(limit)
+    else:
+        whole = ByteSize(share=DEFAULT_RING_SHARE).resolve(limit)
+        size = max(whole - sum(_ring_bytes_in_use.values()), whole // 8)
+    return max(4096, size // 4096 * 4096)
+
+
+def _close(reader: Reader, pid: int) -> None:
+    if os.getpid() == pid:
+        reader.close()
+
+
+@contextmanager
+def _seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
+    """Seed the global generators of random, numpy and torch for one transform; put them back after."""
+    words = np.random.SeedSequence((seed, epoch, row)).generate_state(2)
+    with _generators:
+        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+        try:
+            random.seed(int(words[0]))
+            np.random.seed(int(words[0]))
+            torch.manual_seed(int(words[1]))
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+            torch.set_rng_state(before[2])
+
+
+_generators = threading.Lock()

@@ -1,0 +1,163 @@
+"""The exceptions of shmloader, one tree.
+
+Every exception carries what it is about as attributes (``error.data``), so that a program need not parse
+the message. All of them can be built from a message alone: torch rebuilds a worker's exception in the
+training process as ``type(error)(text)``, and only then does its type survive the trip.
+
+Tree::
+
+    ShmloaderError
+    ├── OptionError            a setting, an argument or an environment variable has a bad value
+    ├── SourceError            where the rows come from
+    │   ├── DatasetNotFoundError, SplitNotFoundError, EmptyDatasetError, ColumnError
+    │   └── ReadError          a shard cannot be read
+    ├── SampleError            one row: source, shard, row, field
+    │   ├── DecodeError        its bytes are not what they should be
+    │   └── ProcessError       the user's ``process`` failed or returned nonsense
+    ├── RingError              the shared memory
+    │   ├── RingFullError, RecordTooLargeError, MemoryLimitError
+    │   └── PoisonedError      its state cannot be trusted any more
+    ├── ServiceError           a supervisor or prefetcher cannot do its work
+    ├── WaitTimeoutError       a reader waited and nothing moved
+    ├── StaleTokenError        a batch whose place in the batch ring was given to another one
+    └── ClosedError            use after ``close()``
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+
+class ShmloaderError(Exception):
+    """Base of all exceptions of this package.
+
+    ``data`` holds what the error is about (dataset, shard, row, bytes, …); its items are attributes too.
+    ``remote_traceback`` is the traceback of the process in which it happened, if that was another one.
+    """
+
+    def __init__(self, message: str = "", **data: Any) -> None:
+        super().__init__(message)
+        self.data = data
+        self.remote_traceback: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        data = self.__dict__.get("data", {})
+        if name in data:
+            return data[name]
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_rebuild, (type(self), str(self), self.data, self.remote_traceback))
+
+
+class OptionError(ShmloaderError, ValueError):
+    """A setting has a bad value. Attributes: name, value, allowed."""
+
+
+class SourceError(ShmloaderError):
+    """Rows cannot be had from a source. Attributes: dataset, and those of the subclass."""
+
+
+class DatasetNotFoundError(SourceError):
+    """There is no such dataset. Attributes: dataset."""
+
+
+class SplitNotFoundError(SourceError, ValueError):
+    """The dataset has no such split. Attributes: dataset, split, available."""
+
+
+class EmptyDatasetError(SourceError):
+    """The dataset has no rows. Attributes: dataset, split."""
+
+
+class ColumnError(SourceError, ValueError):
+    """It cannot be decided which columns to use. Attributes: dataset, columns."""
+
+
+class ReadError(SourceError):
+    """A shard cannot be read. Attributes: dataset, shard, first_row, num_rows."""
+
+
+class SampleError(ShmloaderError):
+    """One row cannot become a sample. Attributes: source, shard, row, field."""
+
+
+class DecodeError(SampleError):
+    """The bytes of a row are not what its column says. Attributes: source, shard, row, field."""
+
+
+class ProcessError(SampleError):
+    """The user's ``process`` failed or returned nonsense. Attributes: source, shard, row, field."""
+
+
+class RingError(ShmloaderError):
+    """The shared memory cannot do what was asked."""
+
+
+class RingFullError(RingError):
+    """The data is larger than the ring. Attributes: needed_bytes, have_bytes, variable."""
+
+
+class RecordTooLargeError(RingError):
+    """One sample is larger than the ring. Attributes: needed_bytes, have_bytes."""
+
+
+class MemoryLimitError(RingError, MemoryError):
+    """The machine or the container has not enough memory. Attributes: needed_bytes, have_bytes, limit."""
+
+
+class PoisonedError(RingError):
+    """The shared state is damaged; the dataset must be built again. Attributes: reason."""
+
+
+class ServiceError(ShmloaderError):
+    """A supervisor or prefetcher could not start or go on. Attributes: role, pid, output."""
+
+
+class WaitTimeoutError(ShmloaderError, TimeoutError):
+    """Nothing moved while a reader waited. Attributes: source, shard, row, waited_s."""
+
+
+class StaleTokenError(ShmloaderError):
+    """A batch came too late: its slot was given to another one. Attributes: slot, generation."""
+
+
+class ClosedError(ShmloaderError):
+    """The dataset was closed. Attributes: dataset."""
+
+
+class RemoteTraceback(Exception):
+    """The traceback of another process, shown as the cause of the error that it ends in."""
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.args[0].rstrip()}\n"""'
+
+
+def _rebuild(kind: type[ShmloaderError], message: str, data: dict[str, Any], remote: str | None) -> ShmloaderError:
+    error = kind(message, **data)
+    error.remote_traceback = remote
+    if remote:
+        error.__cause__ = RemoteTraceback(remote)
+    return error
+
+
+def to_wire(error: BaseException) -> dict[str, Any]:
+    """A JSON-able form of ``error`` for another process: type, message, data and traceback.
+
+    An error that is not of this tree crosses as a `ServiceError` that names its type: what is read from
+    shared memory is never unpickled.
+    """
+    remote = "".join(traceback.format_exception(error))
+    if isinstance(error, ShmloaderError):
+        data = {k: v for k, v in error.data.items() if isinstance(v, (str, int, float, bool, list, type(None)))}
+        return {"type": type(error).__name__, "message": str(error), "data": data, "traceback": remote}
+    return {"type": "ServiceError", "message": f"{type(error).__name__}: {error}", "data": {}, "traceback": remote}
+
+
+def from_wire(wire: dict[str, Any]) -> ShmloaderError:
+    """The error that `to_wire` described, with the other process's traceback as its cause."""
+    kind = globals().get(wire["type"], ServiceError)
+    if not (isinstance(kind, type) and issubclass(kind, ShmloaderError)):
+        kind = ServiceError
+    return _rebuild(kind, wire["message"], wire["data"], wire.get("traceback"))

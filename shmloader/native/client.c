@@ -1,0 +1,155 @@
+/* client.c - who is attached, who still lives, and what is done for the dead.
+ *
+ * A kill ...                                leaves ...                        repaired by
+ *   after the byte, before ACTIVE           a free byte, a FREE slot          nothing to repair
+ *   at any time when ACTIVE                 a free byte, an ACTIVE slot       shml_reap of anybody
+ *   in shml_reap, at any store              the slot still ACTIVE             the next shml_reap does all again
+ */
+#include <errno.h>
+#include <string.h>
+
+#include "failpoint.h"
+#include "layout.h"
+
+int shml_clients_take(shml_client_t *clients, uint32_t max_clients, int lock_fd, const shml_env_t *env, uint32_t role,
+                      int32_t owner, uint32_t owner_gen)
+{
+    for (uint32_t slot = 0; slot < max_clients; slot++) {
+        shml_client_t *client = &clients[slot];
+        if (client->state != SHML_CLIENT_FREE)
+            continue;
+        /* The byte of a free slot can only be held by a process that is just leaving or was never reaped. */
+        if (env->hold(env->ctx, lock_fd, slot, 1) != 0)
+            continue;
+        SHML_FP("client.take.held");
+        client->gen++;
+        client->role = role;
+        client->pid = env->pid(env->ctx);
+        client->starttime = env->starttime(env->ctx);
+        client->owner = owner;
+        client->owner_gen = owner_gen;
+        client->num_wants = 0;
+        SHML_FP("client.take.filled");
+        atomic_store_explicit(&client->state, SHML_CLIENT_ACTIVE, memory_order_release);
+        SHML_FP("client.take.active");
+        return (int)slot;
+    }
+    return SHML_E_CLIENTS;
+}
+
+int shml_client_register(shml_seg_t *seg, uint32_t role, int32_t owner, uint32_t owner_gen)
+{
+    struct shml_control *c = seg->control;
+    for (int attempt = 0;; attempt++) {
+        int status = shml_lock(seg);
+        if (status != SHML_OK)
+            return status;
+        int slot = shml_clients_take(shml_clients(c), SHML_MAX_CLIENTS, seg->lock_fd, seg->env, role, owner, owner_gen);
+        shml_unlock(seg);
+        if (slot >= 0) {
+            seg->self = slot;
+            return SHML_OK;
+        }
+        /* Full: perhaps of dead ones. */
+        if (attempt > 0)
+            return slot;
+        status = shml_reap(seg, 1);
+        if (status < 0)
+            return status;
+    }
+}
+
+static int supervisor_lives(shml_seg_t *seg, const shml_client_t *client)
+{
+    if (client->owner >= (int32_t)SHML_MAX_CLIENTS)
+        return 0;
+    const shml_client_t *owner = &shml_clients(seg->control)[client->owner];
+    return owner->state == SHML_CLIENT_ACTIVE && owner->gen == client->owner_gen &&
+           seg->env->alive(seg->env->ctx, seg->lock_fd, (uint32_t)client->owner, owner);
+}
+
+/* Undo what the client in `slot` had under way. It is dead, or this process and leaving. */
+static int clean_up(shml_seg_t *seg, uint32_t slot)
+{
+    struct shml_control *c = seg->control;
+    shml_client_t *client = &shml_clients(c)[slot];
+    shml_desc_t *descs = shml_descs(c);
+    for (uint32_t i = 0; i < c->desc_end; i++) {
+        if (descs[i].state == SHML_DESC_RESERVED && descs[i].owner == slot) {
+            int status = shml_desc_hole(seg, i);
+            if (status != SHML_OK)
+                return status;
+            SHML_FP("client.clean.record");
+        }
+    }
+    /* A prefetcher that went down with its supervisor says nothing about the chunk it was reading. */
+    int is_own_death = client->owner < 0 || supervisor_lives(seg, client);
+    shml_chunk_release(seg, slot, is_own_death);
+    SHML_FP("client.clean.chunks");
+    client->num_wants = 0;
+    /* Last: until here the next one finds the same dead client and does all of it again. */
+    atomic_store_explicit(&client->state, SHML_CLIENT_FREE, memory_order_release);
+    SHML_FP("client.clean.free");
+    return SHML_OK;
+}
+
+void shml_client_unregister(shml_seg_t *seg)
+{
+    if (seg->self < 0)
+        return;
+    if (shml_lock(seg) == SHML_OK) {
+        clean_up(seg, (uint32_t)seg->self);
+        shml_unlock(seg);
+    }
+    seg->env->hold(seg->env->ctx, seg->lock_fd, (uint32_t)seg->self, 0);
+    seg->self = -1;
+}
+
+uint32_t shml_client_gen(const shml_seg_t *seg, int32_t slot)
+{
+    return slot >= 0 && slot < (int32_t)SHML_MAX_CLIENTS ? shml_clients(seg->control)[slot].gen : 0;
+}
+
+int shml_reap(shml_seg_t *seg, int now)
+{
+    struct shml_control *c = seg->control;
+    const shml_env_t *env = seg->env;
+    uint64_t last = atomic_load_explicit(&c->reaped_at_ns, memory_order_relaxed), t = env->now_ns(env->ctx);
+    if (!now && t - last < (uint64_t)SHML_TICK_MS * 1000000u)
+        return 0;
+    if (!atomic_compare_exchange_strong(&c->reaped_at_ns, &last, t) && !now)
+        return 0; /* somebody else does it */
+    /* Probe outside of the mutex (some 400 ns a client), confirm inside. */
+    shml_client_t *clients = shml_clients(c);
+    int num_reaped = 0;
+    for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
+        shml_client_t *client = &clients[slot];
+        if ((int32_t)slot == seg->self || client->state != SHML_CLIENT_ACTIVE)
+            continue;
+        uint32_t gen = client->gen;
+        if (env->alive(env->ctx, seg->lock_fd, slot, client))
+            continue;
+        int status = shml_lock(seg);
+        if (status != SHML_OK)
+            return status;
+        if (client->state == SHML_CLIENT_ACTIVE && client->gen == gen &&
+            !env->alive(env->ctx, seg->lock_fd, slot, client)) {
+            status = clean_up(seg, slot);
+            c->num_reaped++;
+            num_reaped++;
+        }
+        shml_unlock(seg);
+        if (status != SHML_OK)
+            return status;
+    }
+    return num_reaped;
+}
+
+uint32_t shml_count_clients(const shml_seg_t *seg, uint32_t role)
+{
+    const shml_client_t *clients = shml_clients(seg->control);
+    uint32_t count = 0;
+    for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++)
+        count += clients[slot].state == SHML_CLIENT_ACTIVE && clients[slot].role == role;
+    return count;
+}

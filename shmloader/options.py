@@ -1,0 +1,136 @@
+"""Every setting of shmloader: the ``SHMLOADER_*`` environment variables and their defaults.
+
+An explicit argument (``ShmMultimodalDataset(options=Options(...))``) beats the environment, which beats
+the default.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from shmloader.errors import OptionError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+#: Share of the smallest memory limit that all datasets of a process may take together (guessed: it leaves
+#: room for the model, the workers and the page cache).
+DEFAULT_RING_SHARE = 0.25
+#: A reader gives up after this long without any progress of the prefetchers (guessed: longer than the
+#: slowest request of a Hub that still answers).
+DEFAULT_TIMEOUT_S = 120.0
+#: More prefetchers than this rarely help: decoding saturates the memory bandwidth first (guessed).
+MAX_DEFAULT_PREFETCHERS = 8
+
+
+@dataclass(frozen=True)
+class ByteSize:
+    """An amount of memory: absolute (``num_bytes``) or a share of the smallest memory limit (``share``)."""
+
+    num_bytes: int | None = None
+    share: float | None = None
+
+    def resolve(self, limit_bytes: int) -> int:
+        """The amount in bytes, where the smallest memory limit is ``limit_bytes``."""
+        if self.num_bytes is not None:
+            return self.num_bytes
+        assert self.share is not None
+        return int(limit_bytes * self.share)
+
+
+def parse_size(text: str | int, name: str = "size") -> ByteSize:
+    """The amount that ``text`` names: an int or "1073741824", "512MiB", "2GB", "25%".
+
+    Raises:
+        OptionError: it is none of these, or not positive; names ``name``.
+    """
+    allowed = 'bytes, or a number with a unit ("512MiB", "2GB"), or a share of memory ("25%")'
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*", str(text))
+    if match:
+        number, unit = float(match[1]), match[2].upper()
+        if unit == "%" and 0 < number <= 100:
+            return ByteSize(share=number / 100)
+        if unit in _UNITS and number * _UNITS[unit] >= 1:
+            return ByteSize(num_bytes=int(number * _UNITS[unit]))
+    raise _bad(name, text, allowed)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The settings of one dataset; build it with keyword arguments, or `from_env` for the environment's.
+
+    ring_bytes: size of the ring; None: a quarter of the smallest memory limit, for all datasets of the
+        process together. ``SHMLOADER_RING_BYTES``
+    prefetchers: number of prefetch processes; None: one a core, 8 at most. ``SHMLOADER_PREFETCHERS``
+    timeout_s: a reader that waits this long without any progress of the prefetchers raises
+        `WaitTimeoutError`. ``SHMLOADER_TIMEOUT_S``
+    log: the least level that the services write to stderr. ``SHMLOADER_LOG``
+    """
+
+    ring_bytes: int | str | None = None
+    prefetchers: int | None = None
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    log: str = "WARNING"
+
+    def __post_init__(self) -> None:
+        if self.ring_bytes is not None:
+            parse_size(self.ring_bytes, "ring_bytes")
+        if self.prefetchers is not None and not 1 <= self.prefetchers <= 64:
+            raise _bad("prefetchers", self.prefetchers, "a whole number from 1 to 64")
+        if not 0 < self.timeout_s < float("inf"):
+            raise _bad("timeout_s", self.timeout_s, "a positive number of seconds")
+        if self.log not in _LOG_LEVELS:
+            raise _bad("log", self.log, f"one of {', '.join(_LOG_LEVELS)}")
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Options:
+        """The settings that ``environ`` (``os.environ``) gives.
+
+        Raises:
+            OptionError: a variable has a bad value; the message names the variable, the value and what is
+                allowed.
+        """
+        env = os.environ if environ is None else environ
+        ring = env.get("SHMLOADER_RING_BYTES") or None
+        if ring is not None:
+            parse_size(ring, "SHMLOADER_RING_BYTES")
+        prefetchers = _number(env, "SHMLOADER_PREFETCHERS", "a whole number from 1 to 64", 1, 64, whole=True)
+        timeout = _number(env, "SHMLOADER_TIMEOUT_S", "a positive number of seconds", 1e-3, 1e9)
+        log = (env.get("SHMLOADER_LOG") or "WARNING").upper()
+        if log not in _LOG_LEVELS:
+            raise _bad("SHMLOADER_LOG", env["SHMLOADER_LOG"], f"one of {', '.join(_LOG_LEVELS)}")
+        return cls(
+            ring_bytes=ring,
+            prefetchers=None if prefetchers is None else int(prefetchers),
+            timeout_s=DEFAULT_TIMEOUT_S if timeout is None else timeout,
+            log=log,
+        )
+
+    def num_prefetchers(self) -> int:
+        """How many prefetchers to start: what was asked for, else one a core, at most 8."""
+        if self.prefetchers is not None:
+            return self.prefetchers
+        return max(1, min(len(os.sched_getaffinity(0)), MAX_DEFAULT_PREFETCHERS))
+
+
+def _number(
+    env: Mapping[str, str], name: str, allowed: str, least: float, most: float, whole: bool = False
+) -> float | None:
+    text = env.get(name)
+    if not text:
+        return None
+    try:
+        value = int(text) if whole else float(text)
+    except ValueError:
+        raise _bad(name, text, allowed) from None
+    if not least <= value <= most:
+        raise _bad(name, text, allowed)
+    return value
+
+
+def _bad(name: str, value: object, allowed: str) -> OptionError:
+    return OptionError(f"{name}={value!r} is not valid: it must be {allowed}", name=name, value=str(value), allowed=allowed)

@@ -1,0 +1,196 @@
+"""The supervisor: plans once, keeps the prefetchers running, reaps the dead, and ends with the last owner.
+
+It holds no state that its successor could not find again: what is to be done lies in the control memory, what to do
+it with in the payload and the plan. Its death takes its prefetchers along (they asked the kernel for it), and a
+client that waits starts another (launch.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import time
+from typing import Any
+
+from shmloader import _native as native
+from shmloader.errors import ServiceError, ShmloaderError, to_wire
+from shmloader.prefetch.launch import spawn
+from shmloader.prefetch.plan import SetPlan, read_plan
+from shmloader.ring import SUPERVISOR_BYTE, Ring, RingFiles, format_control, ring_full
+
+log = logging.getLogger("shmloader.supervisor")
+
+#: How often it looks for owners that died. Services are to be gone within 2 s of the last.
+TICK_S = 0.25
+#: A set whose prefetchers die this often in a row with nothing done is given up (guessed).
+MAX_IDLE_DEATHS = 8
+
+
+class Prefetcher:
+    """One prefetch process: waits for `go`, then works until there is nothing left to do."""
+
+    def __init__(self, fds: dict[str, int]) -> None:
+        reader, self._go = os.pipe()
+        try:
+            self.process = spawn("prefetcher", {**fds, "go": reader})
+        finally:
+            os.close(reader)
+        self.pidfd = os.pidfd_open(self.process.pid)
+
+    def go(self, supervisor: tuple[int, int]) -> None:
+        """The ring can be attached; ``supervisor`` is (slot, generation) of this process's client."""
+        with contextlib.suppress(BrokenPipeError):  # it died: the main loop sees that
+            os.write(self._go, json.dumps({"supervisor": supervisor}).encode())
+        os.close(self._go)
+
+    def close(self) -> None:
+        """Reap the process, which has ended or is killed."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.pidfd)
+
+
+class Supervisor:
+    """The main loop and what it keeps."""
+
+    def __init__(self, fds: dict[str, int], head: dict[str, Any]) -> None:
+        self.fds = {name: fd for name, fd in fds.items() if name != "status"}
+        self.status_fd = fds.get("status")
+        self.head = head
+        self.files = RingFiles(head["uuid"], fds["control"], fds["ring"], fds["lock"])
+        self.prefetchers = [Prefetcher(self.fds) for _ in range(head["num_prefetchers"])]
+        self.idle_deaths = 0
+        self.progress_at_death = -1
+
+    def run(self) -> None:
+        """Plan if nobody has, then supervise until no owner is left."""
+        if self.status_fd is not None and not self._plan():
+            return
+        self._supervise(Ring(self.files, native.SERVICE))
+
+    # -- start -----------------------------------------------------------------------------------------
+
+    def _plan(self) -> bool:
+        """Run the planner and lay out the control memory; False when there is no plan, or nobody to tell."""
+        assert self.status_fd is not None
+        planner = spawn("planner", self.fds)
+        try:
+            self._wait_for(planner)
+            if planner.returncode is None:
+                log.debug("the training process is gone")
+                return False
+            plan = read_plan(self.fds["plan"])
+            if plan is None:
+                raise ServiceError(
+                    f"The process that looks up the dataset died (exit status {planner.returncode}); what it wrote to "
+                    "stderr may say why.",
+                    role="planner",
+                    pid=planner.pid,
+                )
+            self._format(plan)
+        except ShmloaderError as error:
+            log.debug("no plan", exc_info=True)
+            os.write(self.status_fd, json.dumps({"error": to_wire(error)}).encode())
+            return False
+        finally:
+            planner.kill()
+            planner.wait()
+        return True
+
+    def _wait_for(self, planner: subprocess.Popen[bytes]) -> None:
+        """Until it ends, or the process that waits for our answer does."""
+        pidfd = os.pidfd_open(planner.pid)
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.register(self.status_fd or 0, 0)  # POLLERR: the reading end is closed
+        ready = dict(poll.poll())
+        os.close(pidfd)
+        if self.status_fd not in ready:
+            planner.wait()
+
+    def _format(self, plan: SetPlan) -> None:
+        source = plan.source
+        record_bytes = plan.schema.record_bytes() if plan.schema is not None else None
+        if record_bytes is not None and record_bytes * source.num_rows > self.files.ring_bytes:
+            raise ring_full(record_bytes * source.num_rows, self.files.ring_bytes, 0)
+        chunks = [(chunk.first_row, chunk.num_rows) for chunk in source.chunks]
+        format_control(self.files, source.num_rows, chunks, source.is_sequential)
+
+    # -- main loop -------------------------------------------------------------------------------------
+
+    def _supervise(self, ring: Ring) -> None:
+        segment = ring.segment
+        for prefetcher in self.prefetchers:
+            prefetcher.go((ring.slot, ring.gen))
+        if self.status_fd is not None:
+            os.write(self.status_fd, b"{}")
+            os.close(self.status_fd)
+        started = time.monotonic()
+        seen_owner = self.status_fd is None
+        while True:
+            self._wait_for_deaths(ring)
+            segment.reap(False)
+            owners = segment.count(native.OWNER)
+            seen_owner = seen_owner or owners > 0
+            # The training process registers right after it was told; if it never does, it died in between.
+            if owners == 0 and (seen_owner or time.monotonic() - started > 10):
+                log.debug("the last owner is gone")
+                return
+            stats = segment.stats()
+            if stats["chunks_todo"] and not self.prefetchers and segment.text_get(native.TEXT_FATAL) is None:
+                self._start(ring, self.head["num_prefetchers"])
+
+    def _wait_for_deaths(self, ring: Ring) -> None:
+        poll = select.poll()
+        for prefetcher in self.prefetchers:
+            poll.register(prefetcher.pidfd, select.POLLIN)
+        ended = {fd for fd, _ in poll.poll(TICK_S * 1000)}
+        if ended:
+            self._bury(ring, [p for p in self.prefetchers if p.pidfd in ended])
+
+    def _bury(self, ring: Ring, dead: list[Prefetcher]) -> None:
+        ring.segment.reap(True)
+        for prefetcher in dead:
+            self.prefetchers.remove(prefetcher)
+            prefetcher.close()
+            code = prefetcher.process.returncode
+            if code == 0:
+                continue  # it found nothing left to do
+            log.warning("prefetcher %d ended with status %d; starting another", prefetcher.process.pid, code)
+            progress = ring.segment.progress()
+            self.idle_deaths = 0 if progress != self.progress_at_death else self.idle_deaths + 1
+            self.progress_at_death = progress
+            if self.idle_deaths >= MAX_IDLE_DEATHS:
+                ring.put_fatal(
+                    ServiceError(
+                        f"Prefetch processes end at once, {self.idle_deaths} in a row (last exit status {code}); what "
+                        "they wrote to stderr may say why.",
+                        role="prefetcher",
+                        pid=prefetcher.process.pid,
+                    )
+                )
+            elif ring.segment.text_get(native.TEXT_FATAL) is None:
+                self._start(ring, 1)
+
+    def _start(self, ring: Ring, count: int) -> None:
+        for _ in range(count):
+            prefetcher = Prefetcher(self.fds)
+            prefetcher.go((ring.slot, ring.gen))
+            self.prefetchers.append(prefetcher)
+
+
+def main(fds: dict[str, int], head: dict[str, Any]) -> None:
+    """Be the supervisor of a set, unless there is one."""
+    try:
+        fcntl.lockf(fds["lock"], fcntl.LOCK_EX | fcntl.LOCK_NB, 1, SUPERVISOR_BYTE)
+    except (BlockingIOError, PermissionError):
+        log.debug("there is a supervisor already")
+        return
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    Supervisor(fds, head).run()

@@ -1,0 +1,94 @@
+"""From rows to the fields of a sample.
+
+::
+
+    RecordBatch ─▶ Processor.begin ─▶ Rows ─▶ shapes(row)     how large a record to reserve
+                                           └▶ write(row, out)  straight into the record
+
+``text.py``, ``image.py`` and ``label.py`` take one column each; ``user.py`` takes whole rows to the user's
+``process``, in place of them all. Each is imported only when a dataset needs it, decoders included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from shmloader.errors import ColumnError, OptionError
+from shmloader.processors.base import Processor, Rows
+from shmloader.sample import Field, Schema
+
+if TYPE_CHECKING:
+    from shmloader.sources.base import Columns
+
+__all__ = ["Processor", "Rows", "build", "schema_of"]
+
+IMAGE_DTYPES = ("float32", "uint8")
+
+
+def build(
+    columns: Columns,
+    config: Any,
+    tokenizer: Any = None,
+    process: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+) -> list[Processor]:
+    """The processors that make a sample of ``columns``, in the order of its fields: text, image, labels.
+
+    config: has ``vocab_size`` and ``vision_dim``, maybe ``max_text_length`` and ``image_dtype``.
+    process: the user's own, which then does all.
+
+    Raises:
+        ColumnError: there is nothing to make a sample of.
+        OptionError: the tokenizer or ``image_dtype`` cannot be used.
+    """
+    if process is not None:
+        from shmloader.processors.user import UserProcessor
+
+        return [UserProcessor(process)]
+    built: list[Processor] = []
+    if columns.text is not None:
+        from shmloader.processors.text import TextProcessor
+
+        length = getattr(config, "max_text_length", 512)
+        built.append(TextProcessor(columns.text, tokenizer, length, config.vocab_size, columns.labels is None))
+    if columns.image is not None:
+        from shmloader.processors.image import ImageProcessor
+
+        built.append(ImageProcessor(columns.image, config.vision_dim, _image_dtype(config)))
+    if columns.labels is not None:
+        from shmloader.processors.label import LabelProcessor
+
+        built.append(LabelProcessor(columns.labels, columns.class_names))
+    if not built:
+        raise ColumnError("no column of text, images or labels was found; name them with `columns`, or give `process`")
+    return built
+
+
+def schema_of(processors: Sequence[Processor], source_name: str) -> Schema:
+    """The schema of the samples that ``processors`` make together.
+
+    With a user's ``process`` it is known only once a row has been processed (`UserProcessor.fields`).
+    """
+    fields = tuple(field for processor in processors for field in processor.fields)
+    return Schema(fields, _task_type(fields), (source_name,))
+
+
+def _task_type(fields: Sequence[Field]) -> str:
+    by_name = {field.name: field for field in fields}
+    has_tokens = "text" in by_name and by_name["text"].numpy_dtype.kind in "iu" and not by_name["text"].is_text
+    for name, alone in (("image", "vision"), ("audio", "audio")):
+        if name in by_name:
+            return f"{alone}_text" if has_tokens else alone
+    return "text"
+
+
+def _image_dtype(config: Any) -> str:
+    dtype: str = getattr(config, "image_dtype", "float32")
+    if dtype not in IMAGE_DTYPES:
+        raise OptionError(
+            f"image_dtype must be one of {', '.join(IMAGE_DTYPES)}, but got {dtype!r}",
+            name="image_dtype",
+            value=dtype,
+            allowed=IMAGE_DTYPES,
+        )
+    return dtype

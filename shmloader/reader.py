@@ -1,0 +1,128 @@
+"""One process's access to a set: attached on first use, again after a fork, with a supervisor that lives."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import reduction
+from multiprocessing.context import get_spawning_popen
+from typing import Any
+
+from shmloader import _native as native
+from shmloader.errors import ClosedError, PoisonedError
+from shmloader.prefetch.launch import SetFiles, ensure_supervisor
+from shmloader.prefetch.plan import SetPlan, read_plan
+from shmloader.ring import Refs, Ring, RingFiles
+from shmloader.sample import Schema
+
+_ADVICE = (
+    "shmloader: in-place write to a sample that lies in shared memory: it is read-only, and other processes read it too. "
+    "Give the dataset writable=True for private copies, do it in transform= (which gets them), or use sample.clone().\n"
+)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """What a process that reads a set holds. Samples keep it alive, and with it the mapping of the ring."""
+
+    ring: Ring
+    schema: Schema
+
+
+class Reader:
+    """Reads samples of a set, from any process that has its files.
+
+    The process that makes the set is its owner; every other one (a DataLoader worker, by fork or spawn) is a
+    worker of that owner. Thread-safe.
+    """
+
+    def __init__(self, files: SetFiles, plan: SetPlan, timeout_s: float) -> None:
+        self.files = files
+        self.plan = plan
+        self.timeout_s = timeout_s
+        self.owner_pid = os.getpid()
+        self.owner: tuple[int, int] | None = None
+        self.is_closed = False
+        self._ring: Ring | None = None
+        self._attachment: Attachment | None = None
+        self._attaching = threading.Lock()
+
+    def attach(self) -> Ring:
+        """The attachment of this process, made now if there is none or it was inherited."""
+        ring = self._ring
+        if ring is not None and ring.is_home:
+            return ring
+        if self.is_closed:
+            raise ClosedError(f"The dataset {self.plan.source.name!r} was closed", dataset=self.plan.source.name)
+        if ring is not None:
+            self._attaching = threading.Lock()  # the parent may have held it
+            self._ring = self._attachment = None
+        with self._attaching:
+            if self._ring is None:
+                is_owner = os.getpid() == self.owner_pid
+                self._ring = Ring(self.files.ring, native.OWNER if is_owner else native.WORKER, self.owner)
+                if is_owner:
+                    self.owner = (self._ring.slot, self._ring.gen)
+                # Now and not at import: a handler that torch or faulthandler installs later would hide ours.
+                native.fault_report(_ADVICE)
+            return self._ring
+
+    def get(self, rows: Sequence[int]) -> tuple[Attachment, Refs]:
+        """Where the records of ``rows`` lie; waits for them. Raises as `Ring.get_many`."""
+        ring = self.attach()
+        refs = ring.get_many(rows, self.timeout_s, self._tick, self.plan.describe)
+        attachment = self._attachment
+        if attachment is None:
+            attachment = self._attachment = Attachment(ring, self._schema(ring))
+        return attachment, refs
+
+    def close(self) -> None:
+        """Leave the set and close its files; the services end with the last owner. Views stay valid."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        if self._ring is not None and self._ring.is_home:
+            self._ring.leave()
+        self._ring = self._attachment = None
+        self.files.close()
+
+    def _tick(self) -> None:
+        ensure_supervisor(self.files)
+
+    def _schema(self, ring: Ring) -> Schema:
+        if self.plan.schema is not None:
+            return self.plan.schema
+        text = ring.segment.text_get(native.TEXT_SCHEMA)
+        if text is None:
+            raise PoisonedError("there are samples but no schema", reason="no schema")
+        return Schema.from_json(text.decode())
+
+    # -- travelling to a worker that is spawned --------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.is_closed:
+            raise ClosedError(f"The dataset {self.plan.source.name!r} was closed", dataset=self.plan.source.name)
+        if get_spawning_popen() is None:
+            raise TypeError(
+                "a shmloader dataset can be pickled only on its way to a process that multiprocessing spawns: it is "
+                "made of open files of shared memory"
+            )
+        ring = self.files.ring
+        fds = (*ring.fds, self.files.payload_fd, self.files.plan_fd)
+        return {
+            "uuid": ring.uuid,
+            "fds": [reduction.DupFd(fd) for fd in fds],
+            "timeout_s": self.timeout_s,
+            "owner_pid": self.owner_pid,
+            "owner": self.owner,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        control, ring, lock, payload, plan = (fd.detach() for fd in state["fds"])
+        files = SetFiles(RingFiles(state["uuid"], control, ring, lock), payload, plan)
+        set_plan = read_plan(plan)
+        assert set_plan is not None
+        self.__init__(files, set_plan, state["timeout_s"])  # type: ignore[misc]
+        self.owner_pid, self.owner = state["owner_pid"], state["owner"]

@@ -1,0 +1,53 @@
+"""Where rows come from: ``make_plan`` says what there is and how it is cut, ``open_reader`` reads it.
+
+::
+
+    SourceRequest ──make_plan──▶ SourcePlan ──open_reader──▶ Reader.read(chunk) ──▶ Arrow batches
+                   (supervisor)              (prefetchers)
+
+==========  ======================================  ===============================
+mode        rows come from                          chunks
+==========  ======================================  ===============================
+local       Parquet files on this machine           pieces of row groups, any order
+streaming   Parquet files on the Hub                row groups, any order
+loaded      a ``datasets.Dataset``, prepared Arrow  64 rows, any order
+sequential  a stream, or files of another format    64 rows, front to back
+==========  ======================================  ===============================
+
+Importing this package imports neither ``datasets`` nor ``huggingface_hub``; nothing here opens a connection
+before ``make_plan`` or ``open_reader`` is called.
+"""
+
+from __future__ import annotations
+
+from shmloader.sources.base import Reader, SourcePlan, SourceRequest
+
+__all__ = ["make_plan", "open_reader"]
+
+
+def make_plan(request: SourceRequest) -> SourcePlan:
+    """What the requested dataset holds, and how it is cut into chunks. Supervisor only; imports ``datasets``.
+
+    Raises:
+        DatasetNotFoundError, SplitNotFoundError, EmptyDatasetError, ColumnError: as their names say.
+        ReadError: a file cannot be read. SourceError: the Hub cannot be reached, or the card contradicts
+            the data. None of them shows a token.
+    """
+    from shmloader.sources.planning import plan_source
+
+    return plan_source(request)
+
+
+def open_reader(request: SourceRequest, plan: SourcePlan) -> Reader:
+    """A reader of the plan's chunks. Prefetcher only; imports ``datasets`` only for what is not Parquet."""
+    if plan.mode in ("local", "streaming"):
+        from shmloader.sources.parquet import ParquetReader
+
+        return ParquetReader(request, plan)
+    if plan.mode == "loaded":
+        from shmloader.sources.loaded import LoadedReader
+
+        return LoadedReader(request, plan)
+    from shmloader.sources.stream import StreamReader
+
+    return StreamReader(request, plan)

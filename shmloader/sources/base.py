@@ -1,0 +1,129 @@
+"""The contract between the services and where rows come from."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """What the user asked for, as it travels to the services (cloudpickled, never logged: it may hold a token).
+
+    dataset: a Hub id, a local folder or file, or a loaded ``datasets`` object.
+    split: name of the split, as ``datasets`` names it.
+    columns: the user's ``columns=``: role ("text", "image", "labels") → column; None: recognise them.
+    all_columns: the user's ``process`` takes whole rows, so every column is read and none is chosen.
+    load: passed on to ``datasets`` (name, revision, token, data_files, …); not in the repr.
+    """
+
+    dataset: Any
+    split: str
+    columns: dict[str, str] | None = None
+    all_columns: bool = False
+    load: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns make a sample; None where the dataset has none for that role.
+
+    class_names: of ``labels``, if its feature is a ClassLabel.
+    """
+
+    text: str | None = None
+    image: str | None = None
+    labels: str | None = None
+    class_names: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Contiguous rows that are read at once.
+
+    first_row: index of its first row in the whole split; num_rows: how many follow on, itself included.
+    shard: index into `SourcePlan.shards`. piece: what the reader needs to find the rows in the shard
+    (for Parquet: the row group, the first row within it, and the row group's bytes once decompressed,
+    needed columns only).
+    """
+
+    first_row: int
+    num_rows: int
+    shard: int
+    piece: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """What a source holds and how it is cut; made once by the supervisor, JSON-able, without secrets.
+
+    name: as the user sees it in messages and in every sample's ``source``. mode: "streaming" (row groups
+    over the network), "local", "loaded" (a ``datasets.Dataset``) or "sequential" (one stream, read front to
+    back; chunks can only be had in order). num_bytes: of the source's files, where known.
+    arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
+    shard_bytes: size of each shard's file, where known. notices: one line each, for the user to see.
+    """
+
+    name: str
+    split: str
+    mode: str
+    num_rows: int
+    shards: tuple[str, ...]
+    chunks: tuple[Chunk, ...]
+    columns: Columns
+    arrow_schema: bytes
+    revision: str | None = None
+    num_bytes: int | None = None
+    notices: tuple[str, ...] = ()
+    shard_bytes: tuple[int, ...] = ()
+
+    @property
+    def is_sequential(self) -> bool:
+        """Chunks can only be read one after the other."""
+        return self.mode == "sequential"
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema of the rows that a reader yields."""
+        return pa.ipc.read_schema(pa.py_buffer(self.arrow_schema))
+
+    def to_json(self) -> str:
+        """A text from which `from_json` makes an equal plan."""
+        raw = asdict(self)
+        raw["arrow_schema"] = base64.b64encode(self.arrow_schema).decode()
+        raw["chunks"] = [(c.first_row, c.num_rows, c.shard, c.piece) for c in self.chunks]
+        return json.dumps(raw)
+
+    @classmethod
+    def from_json(cls, text: str) -> SourcePlan:
+        """The plan that `to_json` wrote."""
+        raw: dict[str, Any] = json.loads(text)
+        columns: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.pop("columns").items()}
+        chunks = tuple(Chunk(first, num, shard, tuple(piece)) for first, num, shard, piece in raw.pop("chunks"))
+        schema = base64.b64decode(raw.pop("arrow_schema"))
+        rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
+        return cls(columns=Columns(**columns), chunks=chunks, arrow_schema=schema, **rest)
+
+
+class Reader(Protocol):
+    """Reads the chunks of a plan. Built and used in one prefetcher, in one thread."""
+
+    def read(self, chunk: Chunk, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The rows of ``chunk`` as (index of the batch's first row in the split, batch of at most 64 rows).
+
+        Only the needed columns. In order; batches that hold a row of ``wanted`` (indices in the split) come
+        first where the reader can jump. Memory is bounded: a large row group is read in pieces.
+
+        Raises:
+            ReadError: with dataset, shard, first_row and num_rows.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close its files."""
+        ...

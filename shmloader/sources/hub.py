@@ -1,0 +1,70 @@
+"""Files of a dataset on the Hub, as pyarrow reads them: only the bytes that are asked for.
+
+Works with the unmodified ``huggingface_hub`` client, so HF_ENDPOINT, HF_TOKEN and its retries hold.
+Imports ``huggingface_hub`` when first used, never ``datasets``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+SCHEME = "hf://"
+
+#: Files below this are fetched whole, with one request, and kept (DESIGN.md, decision 18).
+WHOLE_FILE_BYTES = 8 << 20
+#: Most such files kept at a time, so at most 64 MiB.
+MAX_WHOLE_FILES = 8
+
+
+def is_remote(path: str) -> bool:
+    """Whether ``path`` is on the Hub."""
+    return path.startswith(SCHEME)
+
+
+def cached_copy(path: str) -> str | None:
+    """Where the Hub's local cache has this very version of the file ``hf://datasets/{id}@{commit}/…``, if it has it."""
+    from huggingface_hub import try_to_load_from_cache
+
+    prefix = f"{SCHEME}datasets/"
+    repo, _, rest = path.removeprefix(prefix).partition("@")
+    commit, _, name = rest.partition("/")
+    if not path.startswith(prefix) or not name:
+        return None
+    found = try_to_load_from_cache(repo, name, revision=commit, repo_type="dataset")
+    return found if isinstance(found, str) and Path(found).is_file() else None
+
+
+class HubFiles:
+    """Opens files on the Hub. One per reader; `open` may be called from several threads.
+
+    token: as ``datasets`` takes it; None: the environment's, or the one that was logged in.
+    """
+
+    def __init__(self, token: str | bool | None = None) -> None:
+        from huggingface_hub import HfFileSystem
+
+        self._fs = HfFileSystem(token=token)
+        self._whole: OrderedDict[str, pa.Buffer] = OrderedDict()
+
+    def size(self, path: str) -> int:
+        """Bytes of the file; the listing of its folder is asked for once."""
+        return int(self._fs.info(path)["size"])
+
+    def open(self, path: str, num_bytes: int) -> Any:
+        """The file, which has ``num_bytes`` bytes, for pyarrow; each read is one request for exactly its bytes."""
+        return self._fs.open(path, "rb", size=num_bytes, cache_type="none")
+
+    def open_whole(self, path: str, num_bytes: int) -> pa.BufferReader:
+        """The file, fetched whole with one request the first time."""
+        buffer = self._whole.pop(path, None)
+        if buffer is None:
+            with self.open(path, num_bytes) as file:
+                buffer = pa.py_buffer(file.read(num_bytes))
+        self._whole[path] = buffer
+        while len(self._whole) > MAX_WHOLE_FILES:
+            self._whole.popitem(last=False)
+        return pa.BufferReader(buffer)

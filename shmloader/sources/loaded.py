@@ -1,0 +1,120 @@
+"""An already loaded ``datasets.Dataset``, or one that ``save_to_disk`` wrote: random access to prepared Arrow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from shmloader.errors import ReadError, SourceError
+from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
+from shmloader.sources.columns import choose_columns
+from shmloader.sources.images import embed_images
+from shmloader.sources.resolve import check_split, empty_dataset, quiet_datasets, source_name, translated
+from shmloader.sources.rows import BATCH_ROWS, conform, plain_schema, table_batches
+
+
+def is_saved(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is a folder that ``save_to_disk`` wrote."""
+    folder = Path(path).expanduser()
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def prepared(request: SourceRequest, builder: Any) -> Any | None:
+    """The requested split as ``load_dataset`` prepared it in the cache, for these very files; None: it did not."""
+    if not (Path(builder.cache_dir) / "dataset_info.json").is_file():
+        return None
+    with translated(request, "load the prepared files of"):
+        return builder.as_dataset(split=request.split)
+
+
+def plan_loaded(request: SourceRequest, prepared_split: Any | None = None) -> SourcePlan:
+    """The plan of a loaded (or saved, or prepared) ``Dataset`` or ``DatasetDict``: chunks of 64 rows.
+
+    Raises:
+        SplitNotFoundError, EmptyDatasetError, ColumnError. SourceError: it cannot be loaded.
+    """
+    dataset, name = prepared_split, source_name(request)
+    files = () if dataset is None else tuple(str(file["filename"]) for file in dataset.cache_files)
+    if dataset is None:
+        dataset = _choose(request)
+    if len(dataset) == 0:
+        raise empty_dataset(request)
+    columns, needed, notices = choose_columns(
+        dataset.features, request.columns, dataset=name, all_columns=request.all_columns
+    )
+    if dataset.format["type"] is not None:
+        notices += (f"{name}: its format ({dataset.format['type']!r}) is ignored; use process= or transform= instead",)
+    return SourcePlan(
+        name=name,
+        split=str(dataset.split or request.split),
+        mode="loaded",
+        num_rows=len(dataset),
+        shards=files or (name,),
+        chunks=tuple(
+            Chunk(first, min(BATCH_ROWS, len(dataset) - first), 0) for first in range(0, len(dataset), BATCH_ROWS)
+        ),
+        columns=columns,
+        arrow_schema=plain_schema(dataset.features.arrow_schema, needed).serialize().to_pybytes(),
+        notices=notices,
+    )
+
+
+class LoadedReader:
+    """Reads the chunks of a loaded dataset. Built and used in one prefetcher, in one thread."""
+
+    def __init__(self, request: SourceRequest, plan: SourcePlan) -> None:
+        self._plan, self._request = plan, request
+        self._schema = plan.schema
+        dataset = _choose(request, plan.shards).select_columns(self._schema.names)
+        self._features = dataset.features
+        self._dataset: Any = dataset.with_format("arrow")
+
+    def read(self, chunk: Chunk, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The rows of ``chunk``; see `Reader.read`."""
+        try:
+            table: pa.Table = self._dataset[chunk.first_row : chunk.first_row + chunk.num_rows]
+            batches = [
+                (row, embed_images(conform(batch, self._schema, {}), self._features, self._request))
+                for row, batch in table_batches(table, chunk.first_row, wanted)
+            ]
+        except (OSError, ValueError, IndexError, pa.ArrowException) as error:
+            raise ReadError(
+                f"{self._plan.name}: cannot read rows {chunk.first_row} to {chunk.first_row + chunk.num_rows - 1} of "
+                f"the loaded dataset: {type(error).__name__}: {error}. Its Arrow files may have been changed or "
+                "removed; load it again.",
+                dataset=self._plan.name,
+                shard=", ".join(self._plan.shards),
+                first_row=chunk.first_row,
+                num_rows=chunk.num_rows,
+            ) from error
+        yield from batches
+
+    def close(self) -> None:
+        """Let go of the dataset."""
+        self._dataset = None
+
+
+def _choose(request: SourceRequest, shards: Sequence[str] = ()) -> Any:
+    """The ``Dataset`` of the requested split; a bare ``Dataset`` is taken as it is.
+
+    shards: of the plan; the Arrow files of a prepared dataset.
+    """
+    dataset = request.dataset
+    if isinstance(dataset, (str, os.PathLike)):
+        datasets = quiet_datasets()
+        with translated(request, "load"):
+            if shards and not is_saved(dataset):
+                return datasets.concatenate_datasets([datasets.Dataset.from_file(file) for file in shards])
+            dataset = datasets.load_from_disk(os.fspath(Path(dataset).expanduser()))
+    if isinstance(dataset, Mapping):
+        if not dataset:
+            raise SourceError("the DatasetDict has no splits", dataset=source_name(request))
+        check_split(request, [str(split) for split in dataset])
+        return dataset[request.split]
+    return dataset

@@ -1,0 +1,202 @@
+"""How a Parquet dataset is cut into chunks: from the footers of its files, which are read in parallel."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shmloader.errors import ColumnError, ReadError, SourceError
+from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
+from shmloader.sources.columns import choose_columns
+from shmloader.sources.hub import HubFiles, cached_copy, is_remote
+from shmloader.sources.resolve import empty_dataset, is_unreachable, source_name, translated
+from shmloader.sources.rows import BATCH_ROWS, KEPT_TABLE_BYTES, plain_schema
+
+log = logging.getLogger("shmloader.sources")
+
+#: Footers read at once: one costs a round trip or two, so it is waiting, not work (guessed).
+FOOTER_THREADS = 16
+#: Most pieces of a large local row group: a piece costs the decompression of those before it.
+MAX_LARGE_PIECES = 8
+
+
+@dataclass(frozen=True)
+class _Footer:
+    """What one file's footer says."""
+
+    path: str
+    num_bytes: int
+    metadata: pq.FileMetaData
+
+
+def can_plan(builder: Any) -> bool:
+    """Whether this builder's rows can be read by row group: Parquet files, all of their rows, no custom storage."""
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if not isinstance(builder, Parquet):
+        return False
+    config = builder.config
+    plain = (
+        config.filters is None and config.on_bad_files == "error" and not set(builder.storage_options or ()) - {"hf"}
+    )
+    paths = [path for files in (config.data_files or {}).values() for path in files]
+    return plain and all("::" not in path and (is_remote(path) or "://" not in path) for path in paths)
+
+
+def is_on_hub(builder: Any) -> bool:
+    """Whether a file of this builder is on the Hub."""
+    return any(is_remote(str(path)) for files in (builder.config.data_files or {}).values() for path in files)
+
+
+def plan_parquet(request: SourceRequest, builder: Any) -> SourcePlan:
+    """The plan of a Parquet dataset; ``builder`` comes from `resolve_builder`, and has the split.
+
+    Raises:
+        ReadError: a file cannot be read, or lacks a column. EmptyDatasetError, ColumnError.
+        SourceError: the card's number of rows is not the files'.
+    """
+    name = source_name(request)
+    files = [str(path) for path in builder.config.data_files[request.split]]
+    revision = _revision(files)
+    with translated(request, "list the files of"):
+        footers = _read_footers(request, [cached_copy(f) or f if is_remote(f) else f for f in files])
+    num_rows = sum(footer.metadata.num_rows for footer in footers)
+    _check_count(request, builder, num_rows, len(footers))
+    if num_rows == 0:
+        raise empty_dataset(request)
+    features = _features(builder, footers)
+    columns, needed, notices = choose_columns(features, request.columns, dataset=name, all_columns=request.all_columns)
+    schema = plain_schema(features.arrow_schema, needed)
+    _check_columns(name, footers, needed)
+    is_streaming = any(is_remote(footer.path) for footer in footers)
+    return SourcePlan(
+        name=name,
+        split=request.split,
+        mode="streaming" if is_streaming else "local",
+        num_rows=num_rows,
+        shards=tuple(footer.path for footer in footers),
+        chunks=tuple(_chunks(footers, needed)),
+        columns=columns,
+        arrow_schema=schema.serialize().to_pybytes(),
+        revision=revision,
+        num_bytes=sum(footer.num_bytes for footer in footers),
+        notices=notices,
+        shard_bytes=tuple(footer.num_bytes for footer in footers),
+    )
+
+
+def column_bytes(metadata: pq.FileMetaData, row_group: int, columns: Sequence[str]) -> int:
+    """Bytes of ``columns`` (nested ones included) in a row group, once decompressed."""
+    group, wanted = metadata.row_group(row_group), set(columns)
+    parts = (group.column(i) for i in range(group.num_columns))
+    return sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] in wanted)
+
+
+def _read_footers(request: SourceRequest, paths: Sequence[str]) -> list[_Footer]:
+    hub = HubFiles(request.load.get("token")) if any(map(is_remote, paths)) else None
+    sizes = [hub.size(p) if hub is not None and is_remote(p) else Path(p).stat().st_size for p in paths]
+    with ThreadPoolExecutor(min(FOOTER_THREADS, len(paths))) as pool:
+        reading = [
+            pool.submit(_read_footer, source_name(request), p, n, hub) for p, n in zip(paths, sizes, strict=True)
+        ]
+        return [future.result() for future in reading]
+
+
+def _read_footer(name: str, path: str, num_bytes: int, hub: HubFiles | None) -> _Footer:
+    try:
+        if hub is not None and is_remote(path):
+            with hub.open(path, num_bytes) as file:
+                return _Footer(path, num_bytes, pq.read_metadata(file))
+        return _Footer(path, num_bytes, pq.read_metadata(path))
+    except (pa.ArrowException, OSError) as error:
+        if is_unreachable(error) or type(error).__module__.startswith("huggingface_hub"):
+            raise
+        raise ReadError(
+            f"{name}: {path} is not a whole Parquet file ({num_bytes} bytes): {error}. It may be truncated, or "
+            "damaged on the way; fetch it again, or leave it out with data_files= in load=.",
+            dataset=name,
+            shard=path,
+            first_row=None,
+            num_rows=None,
+        ) from error
+
+
+def _check_count(request: SourceRequest, builder: Any, num_rows: int, num_files: int) -> None:
+    info = (builder.info.splits or {}).get(request.split)
+    expected = getattr(info, "num_examples", None)
+    if expected and expected != num_rows:
+        name = source_name(request)
+        raise SourceError(
+            f"{name}, split {request.split!r}: its card says {expected} rows, its {num_files} files hold {num_rows}. "
+            "Files are missing, or the card is out of date: fetch the dataset again, correct num_examples in its "
+            "README.md, or name the files with data_files= in load=.",
+            dataset=name,
+            split=request.split,
+            expected_rows=expected,
+            num_rows=num_rows,
+        )
+
+
+def _features(builder: Any, footers: Sequence[_Footer]) -> Any:
+    from datasets import Features
+
+    if builder.info.features is not None:
+        features = builder.info.features
+    else:
+        features = Features.from_arrow_schema(footers[0].metadata.schema.to_arrow_schema())
+    only: list[str] | None = builder.config.columns
+    return Features({k: v for k, v in features.items() if only is None or k in only})
+
+
+def _check_columns(name: str, footers: Sequence[_Footer], needed: Sequence[str]) -> None:
+    for footer in footers:
+        names = footer.metadata.schema.to_arrow_schema().names
+        missing = [column for column in needed if column not in names]
+        if missing:
+            raise ColumnError(
+                f"{name}: {footer.path} lacks the columns {', '.join(map(repr, missing))}; it has "
+                f"{', '.join(map(repr, names))}. Leave the file out with data_files= in load=, or choose other "
+                "columns with columns=.",
+                dataset=name,
+                columns=names,
+                shard=footer.path,
+            )
+
+
+def _chunks(footers: Sequence[_Footer], needed: Sequence[str]) -> Iterator[Chunk]:
+    first_row = 0
+    for shard, footer in enumerate(footers):
+        for group in range(footer.metadata.num_row_groups):
+            num_rows = footer.metadata.row_group(group).num_rows
+            num_bytes = column_bytes(footer.metadata, group, needed)
+            step = num_rows if is_remote(footer.path) else _piece_rows(num_rows, num_bytes)
+            for start in range(0, num_rows, max(step, 1)):
+                rows = min(step, num_rows - start)
+                yield Chunk(first_row + start, rows, shard, (group, start, num_bytes))
+            first_row += num_rows
+
+
+def _piece_rows(num_rows: int, num_bytes: int) -> int:
+    """Rows of a piece of a local row group: 64 where the reader keeps it, else about as many as it would keep."""
+    if num_bytes <= KEPT_TABLE_BYTES:
+        return BATCH_ROWS
+    pieces = min(-(-num_bytes // KEPT_TABLE_BYTES), MAX_LARGE_PIECES)
+    rows = -(-num_rows // pieces)
+    return -(-rows // BATCH_ROWS) * BATCH_ROWS
+
+
+def _revision(files: Sequence[str]) -> str | None:
+    """The commit in the path of a file on the Hub."""
+    for path in files:
+        found = re.match(r"hf://datasets/[^@]+@([^/]+)/", path)
+        if found:
+            return found[1]
+    return None

@@ -1,0 +1,236 @@
+"""What the user's dataset name stands for: a builder of ``datasets``, and its splits.
+
+The one place that turns the exceptions of ``datasets`` and the Hub's client into ours, and that keeps
+tokens out of messages. Supervisor, and prefetchers that stream; imports ``datasets`` when called.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from shmloader.errors import DatasetNotFoundError, EmptyDatasetError, ShmloaderError, SourceError, SplitNotFoundError
+from shmloader.sources.base import SourceRequest
+
+#: Connection failures by the name of their class: the clients' HTTP library changes (requests, httpx, httpx2).
+_UNREACHABLE = {
+    "ConnectError",
+    "ConnectionError",
+    "ConnectTimeout",
+    "NetworkError",
+    "OfflineModeIsEnabled",
+    "PoolTimeout",
+    "ReadError",
+    "ReadTimeout",
+    "RemoteProtocolError",
+    "TimeoutException",
+}
+_COMPRESSION = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
+#: Reading is tried again this often by a stream of ``datasets`` (its default, 20 times, hides a dead Hub for
+#: nine minutes; guessed).
+_STREAM_RETRIES = 4
+
+
+def quiet_datasets() -> Any:
+    """The ``datasets`` module, set up for a service: no progress bars, no sleeping at a stream's end."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
+    datasets.config.STREAMING_READ_MAX_RETRIES = min(_STREAM_RETRIES, datasets.config.STREAMING_READ_MAX_RETRIES)
+    return datasets
+
+
+def source_name(request: SourceRequest) -> str:
+    """The dataset's name as messages and samples show it."""
+    dataset = request.dataset
+    if isinstance(dataset, (str, os.PathLike)):
+        return os.fspath(dataset)
+    if isinstance(dataset, Mapping):
+        dataset = dataset.get(request.split, next(iter(dataset.values()), None))
+    info = getattr(dataset, "info", None)
+    return getattr(info, "dataset_name", None) or type(dataset).__name__
+
+
+def resolve_builder(request: SourceRequest, revision: str | None = None) -> Any:
+    """The ``datasets`` builder of a dataset given by name; a local file gets the builder of its format.
+
+    revision: the commit to pin, where the plan has one.
+
+    Raises:
+        DatasetNotFoundError: there is no such dataset, folder or file.
+        EmptyDatasetError: it has no data files.
+        SourceError: the Hub cannot be reached, the configuration does not exist, a setting is bad.
+    """
+    datasets = quiet_datasets()
+    name, load = source_name(request), dict(request.load)
+    if revision is not None:
+        load["revision"] = revision
+    path = Path(name).expanduser()
+    if path.is_file():
+        builder, options = _builder_of_file(path)
+        name, load = builder, options | load | {"data_files": [str(path.resolve())]}
+    elif path.is_dir():
+        name = str(path)
+    with translated(request, "find"):
+        return datasets.load_dataset_builder(name, **load)
+
+
+def split_names(builder: Any) -> tuple[str, ...]:
+    """The splits that a builder knows of, before any data is read."""
+    files = getattr(builder.config, "data_files", None)
+    if files:
+        return tuple(str(name) for name in files)
+    return tuple(str(name) for name in builder.info.splits or ())
+
+
+def check_split(request: SourceRequest, available: Sequence[str]) -> None:
+    """Raise `SplitNotFoundError` if the requested split is not among ``available``."""
+    if available and request.split not in available:
+        name = source_name(request)
+        is_expression = any(sign in request.split for sign in "[+")
+        sliced = " Slices and sums of splits are not names: load them with datasets, and give the loaded object."
+        raise SplitNotFoundError(
+            f"{name} has no split {request.split!r}; it has {', '.join(map(repr, available))}. "
+            f"Choose one of these with split=.{sliced if is_expression else ''}",
+            dataset=name,
+            split=request.split,
+            available=list(available),
+        )
+
+
+def empty_dataset(request: SourceRequest) -> EmptyDatasetError:
+    """The error for a split without rows."""
+    name = source_name(request)
+    return EmptyDatasetError(
+        f"{name}, split {request.split!r}, has no rows: there is nothing to train on. "
+        "Check the split, its files, and any filter before it.",
+        dataset=name,
+        split=request.split,
+    )
+
+
+@contextmanager
+def translated(request: SourceRequest, verb: str) -> Iterator[None]:
+    """Turn what ``datasets`` and the Hub's client raise inside into errors of this package, without tokens."""
+    try:
+        yield
+    except ShmloaderError:
+        raise
+    except Exception as error:
+        translated_error = _translate(request, verb, error)
+        if has_secret(request, _chain_text(error)):
+            raise translated_error from None
+        raise translated_error from error
+
+
+def without_secrets(request: SourceRequest, text: str) -> str:
+    """``text`` with the user's tokens blotted out."""
+    for secret in _secrets(request):
+        text = text.replace(secret, "***")
+    return text
+
+
+def has_secret(request: SourceRequest, text: str) -> bool:
+    """Whether one of the user's tokens is in ``text``."""
+    return any(secret in text for secret in _secrets(request))
+
+
+def is_unreachable(error: BaseException) -> bool:
+    """Whether ``error`` comes of a server that was not reached, or of offline mode."""
+    return any(
+        type(e).__name__ in _UNREACHABLE or isinstance(e, (ConnectionError, TimeoutError)) for e in _chain(error)
+    )
+
+
+def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceError:
+    name = source_name(request)
+    detail = without_secrets(request, f"{type(error).__name__}: {error}")
+    kinds = {type(e).__name__ for e in _chain(error)}
+    if is_unreachable(error):
+        from huggingface_hub import constants
+
+        offline = " Offline mode is on (HF_HUB_OFFLINE)." if constants.HF_HUB_OFFLINE else ""
+        local = (
+            "" if Path(name).exists() else f" There is no local folder or file {str(Path(name).absolute())!r} either."
+        )
+        return SourceError(
+            f"Cannot {verb} {name!r}: the Hub at {constants.ENDPOINT} cannot be reached, so it is not known whether "
+            f"the dataset exists.{offline}{local} Check the network and HF_ENDPOINT, or use a local copy. ({detail})",
+            dataset=name,
+            endpoint=constants.ENDPOINT,
+        )
+    if "EmptyDatasetError" in kinds:
+        return EmptyDatasetError(
+            f"{name} has no data files that can be read ({detail}). Check the folder, or data_files= in load=.",
+            dataset=name,
+            split=request.split,
+        )
+    if "DataFilesNotFoundError" in kinds or (isinstance(error, FileNotFoundError) and request.load.get("data_files")):
+        return EmptyDatasetError(
+            f"{name}: no such data files, or none of a known format ({detail}). Check data_files= in load=.",
+            dataset=name,
+            split=request.split,
+        )
+    if isinstance(error, FileNotFoundError) or kinds & {"DatasetNotFoundError", "HFValidationError"}:
+        return _not_found(request, name, detail)
+    is_config = isinstance(error, ValueError) and "config" in str(error).lower()
+    remedy = '. Name the configuration with load={"name": …}.' if is_config else ""
+    return SourceError(f"Cannot {verb} {name!r}: {detail}{remedy}", dataset=name)
+
+
+def _not_found(request: SourceRequest, name: str, detail: str) -> DatasetNotFoundError:
+    path = Path(name).expanduser()
+    places = [f"no local folder or file {str(path.absolute())!r}"]
+    if not path.is_absolute() and name.count("/") <= 1 and not name.startswith("."):
+        from huggingface_hub import constants
+
+        token = " with the given token" if request.load.get("token") else "; a private or gated one needs a token"
+        revision = f" at revision {request.load['revision']!r}" if request.load.get("revision") else ""
+        places.append(f"no dataset of that name{revision} on the Hub at {constants.ENDPOINT}{token}")
+    near: list[str] = []
+    if path.absolute().parent.is_dir():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.absolute().parent.iterdir()], n=1)
+    hint = f" Did you mean {str(path.parent / near[0])!r}?" if near else ""
+    return DatasetNotFoundError(
+        f"There is no dataset {name!r}: {', and '.join(places)}.{hint} ({detail})",
+        dataset=name,
+    )
+
+
+def _builder_of_file(path: Path) -> tuple[str, dict[str, Any]]:
+    from datasets.packaged_modules import _EXTENSION_TO_MODULE
+
+    suffixes = [s for s in path.suffixes if s.lower() not in _COMPRESSION]
+    for suffix in reversed(suffixes):
+        found = _EXTENSION_TO_MODULE.get(suffix) or _EXTENSION_TO_MODULE.get(suffix.lower())
+        if found:
+            return found[0], dict(found[1])
+    raise DatasetNotFoundError(
+        f"{str(path)!r} is a file of no known format ({path.suffix or 'no suffix'}). "
+        "Use .parquet, .json, .jsonl, .csv, .txt or .arrow, or a folder of such files.",
+        dataset=str(path),
+    )
+
+
+def _secrets(request: SourceRequest) -> list[str]:
+    values = [request.load.get("token"), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]
+    values += [v for v in (request.load.get("storage_options") or {}).values()]
+    return [value for value in values if isinstance(value, str) and len(value) >= 6]
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
+
+
+def _chain_text(error: BaseException) -> str:
+    return "\n".join(str(e) for e in _chain(error))

@@ -1,0 +1,96 @@
+"""Rows as a plan promises them: the needed columns, with the plan's types, at most 64 at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+#: Most rows of one batch: enough for a tokenizer to work by the batch, little enough to be decoded soon
+#: (guessed; the contract of `Reader.read`).
+BATCH_ROWS = 64
+
+#: A Parquet row group whose needed columns are at most this large once decompressed is decompressed at once and
+#: kept until another one is read, so that one decompression serves all of its pieces (guessed: times the
+#: prefetchers, it is what reading holds).
+KEPT_TABLE_BYTES = 64 << 20
+
+IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def plain_schema(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
+    """The fields of ``columns``, without metadata and extension types, which need their library to be read."""
+    return pa.schema([pa.field(name, _plain_type(schema.field(name).type)) for name in columns])
+
+
+def conform(batch: pa.RecordBatch, schema: pa.Schema, class_names: dict[str, tuple[str, ...]]) -> pa.RecordBatch:
+    """``batch`` with exactly the columns and types of ``schema``.
+
+    Image columns stored as bare bytes or paths become struct<bytes, path>; class names become their index.
+    class_names: of the columns that are ClassLabels.
+
+    Raises:
+        pa.ArrowInvalid, pa.ArrowNotImplementedError, KeyError: the stored values cannot be converted.
+    """
+    if batch.schema.equals(schema):
+        return batch
+    arrays = [_converted(batch.column(f.name), f.type, class_names.get(f.name)) for f in schema]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def table_batches(
+    table: pa.Table, first_row: int, wanted: Sequence[int] | None
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """``table`` as (index of its first row, batch of at most 64 rows); those that hold a wanted row first."""
+    starts = range(0, table.num_rows, BATCH_ROWS)
+    if wanted:
+        hit = {(row - first_row) // BATCH_ROWS * BATCH_ROWS for row in wanted}
+        starts = [s for s in starts if s in hit] + [s for s in starts if s not in hit]  # type: ignore[assignment]
+    for start in starts:
+        yield first_row + start, one_batch(table.slice(start, BATCH_ROWS))
+
+
+def one_batch(table: pa.Table) -> pa.RecordBatch:
+    """The rows of ``table`` as one batch; no copy where they lie in one piece."""
+    batches = table.to_batches()
+    if len(batches) == 1:
+        return batches[0]
+    return pa.concat_batches(batches) if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
+
+
+def split_batch(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """``batch`` in slices of at most 64 rows."""
+    for start in range(0, batch.num_rows, BATCH_ROWS):
+        yield batch.slice(start, BATCH_ROWS)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    while isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
+    return kind
+
+
+def _converted(array: pa.Array, kind: pa.DataType, names: tuple[str, ...] | None) -> pa.Array:
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    if array.type.equals(kind):
+        return array
+    if kind.equals(IMAGE_TYPE) and not pa.types.is_struct(array.type):
+        return _image_struct(array)
+    if names is not None and (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
+        index = pc.index_in(array, value_set=pa.array(names, array.type)).cast(kind)
+        unknown = pc.and_(pc.is_null(index), pc.is_valid(array))
+        if pc.any(unknown).as_py():
+            raise pa.ArrowInvalid(f"{array.filter(unknown)[0].as_py()!r} is not one of the class names")
+        return index
+    return array.cast(kind)
+
+
+def _image_struct(array: pa.Array) -> pa.Array:
+    is_path = pa.types.is_string(array.type) or pa.types.is_large_string(array.type)
+    nulls = pa.nulls(len(array), pa.binary() if is_path else pa.string())
+    children = [nulls, array.cast(pa.string())] if is_path else [array.cast(pa.binary()), nulls]
+    return pa.StructArray.from_arrays(children, fields=list(IMAGE_TYPE), mask=array.is_null())

@@ -1,0 +1,219 @@
+"""A stream, read front to back by one reader: an ``IterableDataset``, or files that have no random access."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from shmloader.errors import ReadError, ShmloaderError, SourceError
+from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
+from shmloader.sources.columns import choose_columns
+from shmloader.sources.images import embed_images
+from shmloader.sources.resolve import (
+    check_split,
+    empty_dataset,
+    has_secret,
+    quiet_datasets,
+    resolve_builder,
+    source_name,
+    translated,
+    without_secrets,
+)
+from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema
+
+#: Examples from which the features of a stream that does not know them are inferred.
+_INFER_ROWS = 64
+#: What ``datasets`` calls the example iterables that read files or a generator, without any transformation.
+_UNTRANSFORMED = {"ArrowExamplesIterable", "ExamplesIterable"}
+
+
+def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
+    """The plan of a stream: chunks of 64 rows, to be read in order.
+
+    builder: of files that are not Parquet; None: the request holds an ``IterableDataset`` or a dict of them.
+    The rows are counted by one pass, with a notice, unless the dataset's card says their number.
+
+    Raises:
+        SplitNotFoundError, EmptyDatasetError, ColumnError. ReadError: the stream fails while it is counted.
+        SourceError: it cannot be opened, or never ends.
+    """
+    name = source_name(request)
+    with translated(request, "open"):
+        stream = _open_stream(request, builder)
+        features = stream.features or _inferred_features(request, stream)
+    columns, needed, notices = choose_columns(features, request.columns, dataset=name, all_columns=request.all_columns)
+    schema = plain_schema(features.arrow_schema, needed)
+    num_rows = _told_rows(request, stream, builder)
+    if num_rows is None:
+        if _repeats_forever(stream):
+            raise SourceError(
+                f"{name}: this stream repeats for ever, so it has no length. Give the stream before repeat(), "
+                "or end it with take(n).",
+                dataset=name,
+            )
+        num_rows = _count(request, stream, features, columns.labels or columns.text or needed[0])
+        notices += (
+            f"{name}: {num_rows} rows, counted by reading the stream once, since {_why_counted(stream, builder)}",
+        )
+    if num_rows == 0:
+        raise empty_dataset(request)
+    starts = range(0, num_rows, BATCH_ROWS)
+    return SourcePlan(
+        name=name,
+        split=str(stream.split or request.split),
+        mode="sequential",
+        num_rows=num_rows,
+        shards=(name,),
+        chunks=tuple(Chunk(first, min(BATCH_ROWS, num_rows - first), 0) for first in starts),
+        columns=columns,
+        arrow_schema=schema.serialize().to_pybytes(),
+        revision=_commit(builder),
+        notices=notices,
+    )
+
+
+class StreamReader:
+    """Reads the chunks of a stream in order; a jump backwards opens it again. One prefetcher, one thread."""
+
+    def __init__(self, request: SourceRequest, plan: SourcePlan) -> None:
+        self._request, self._plan = request, plan
+        self._schema = plan.schema
+        self._stream: Any = None
+        self._features: Any = None
+        self._batches: Iterator[pa.Table] | None = None
+        self._next_row = 0
+
+    def read(self, chunk: Chunk, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The rows of ``chunk``; see `Reader.read`. Rows before it that were not read yet are skipped over."""
+        try:
+            batch = self._read(chunk)
+        except (ShmloaderError, MemoryError):
+            raise
+        except Exception as error:
+            failure = self._read_error(chunk, f"{type(error).__name__}: {error}")
+            self._batches = None
+            if has_secret(self._request, str(error)):
+                raise failure from None
+            raise failure from error
+        yield chunk.first_row, batch
+
+    def close(self) -> None:
+        """Close the stream."""
+        self._batches = self._stream = None
+
+    def _read(self, chunk: Chunk) -> pa.RecordBatch:
+        if self._batches is None or chunk.first_row < self._next_row:
+            self._batches, self._next_row = self._open(), 0
+        while True:
+            table = next(self._batches, None)
+            if table is None:
+                raise self._count_error(chunk, self._next_row)
+            first, self._next_row = self._next_row, self._next_row + table.num_rows
+            if first == chunk.first_row:
+                break
+        if table.num_rows != chunk.num_rows:
+            raise self._count_error(chunk, self._next_row)
+        if self._next_row == self._plan.num_rows and next(self._batches, None) is not None:
+            raise self._count_error(chunk, None)
+        batch = conform(one_batch(table.combine_chunks()), self._schema, {})
+        return embed_images(batch, self._features, self._request)
+
+    def _open(self) -> Iterator[pa.Table]:
+        if self._stream is None:
+            builder = None
+            if not hasattr(self._request.dataset, "features") and not isinstance(self._request.dataset, Mapping):
+                builder = resolve_builder(self._request, self._plan.revision)
+            with translated(self._request, "open"):
+                stream = _open_stream(self._request, builder)
+                self._features = stream.features or _inferred_features(self._request, stream)
+                self._stream = stream
+        return iter(_arrow(self._stream, self._features, self._schema.names).iter(BATCH_ROWS))
+
+    def _count_error(self, chunk: Chunk, have: int | None) -> ReadError:
+        found = "more" if have is None else f"{have}"
+        return self._read_error(
+            chunk,
+            f"it holds {found} rows, where {self._plan.num_rows} were told by its card or counted when it was opened",
+        )
+
+    def _read_error(self, chunk: Chunk, why: str) -> ReadError:
+        name = self._plan.name
+        return ReadError(
+            f"{name}, split {self._plan.split!r}: cannot read rows {chunk.first_row} to "
+            f"{chunk.first_row + chunk.num_rows - 1} of the stream: {without_secrets(self._request, why)}. "
+            "Check that it gives the same rows each time it is read, and all of them the same columns.",
+            dataset=name,
+            shard=self._plan.shards[0],
+            first_row=chunk.first_row,
+            num_rows=chunk.num_rows,
+        )
+
+
+def _open_stream(request: SourceRequest, builder: Any | None) -> Any:
+    """The ``IterableDataset`` of the requested split; a bare one is taken as it is."""
+    quiet_datasets()
+    if builder is not None:
+        return builder.as_streaming_dataset(split=request.split)
+    if isinstance(request.dataset, Mapping):
+        check_split(request, [str(split) for split in request.dataset])
+        return request.dataset[request.split]
+    return request.dataset
+
+
+def _arrow(stream: Any, features: Any, columns: Sequence[str]) -> Any:
+    """The stream as Arrow tables of ``columns``: nothing decoded, what Python functions made encoded."""
+    if stream.features is None:
+        stream = stream.cast(features)
+    # `decode` undoes the decoding step that `datasets` adds to media of a Hub only if it is the last step.
+    return stream.decode(False).select_columns(list(columns)).with_format("arrow")
+
+
+def _inferred_features(request: SourceRequest, stream: Any) -> Any:
+    """The features of a stream that does not know its own, from its first rows."""
+    from datasets import Dataset
+
+    rows = list(stream.with_format(None).take(_INFER_ROWS))
+    if not rows:
+        raise empty_dataset(request)
+    return Dataset.from_list(rows).features
+
+
+def _told_rows(request: SourceRequest, stream: Any, builder: Any | None) -> int | None:
+    """The number of rows that the card tells, where it is about this very stream."""
+    if builder is None and _is_transformed(stream):
+        return None
+    splits = (stream.info if builder is None else builder.info).splits or {}
+    return getattr(splits.get(str(stream.split or request.split)), "num_examples", None) or None
+
+
+def _is_transformed(stream: Any) -> bool:
+    return type(stream._ex_iterable).__name__ not in _UNTRANSFORMED or stream._distributed is not None
+
+
+def _why_counted(stream: Any, builder: Any | None) -> str:
+    if builder is None and _is_transformed(stream):
+        return "it is transformed, and what it then yields is known by reading it only"
+    return "no card tells their number; Parquet files would, and can be read in any order"
+
+
+def _count(request: SourceRequest, stream: Any, features: Any, column: str) -> int:
+    with translated(request, "count the rows of"):
+        return sum(table.num_rows for table in _arrow(stream, features, [column]).iter(1024))
+
+
+def _repeats_forever(stream: Any) -> bool:
+    """Whether a ``repeat(None)`` is among the stream's transformations."""
+    iterable = stream._ex_iterable
+    while iterable is not None:
+        if type(iterable).__name__ == "RepeatExamplesIterable" and iterable.num_times is None:
+            return True
+        iterable = getattr(iterable, "ex_iterable", None)
+    return False
+
+
+def _commit(builder: Any | None) -> str | None:
+    """The commit that a Hub builder's files are of."""
+    base = str(getattr(builder, "base_path", "") or "")
+    return base.split("@", 1)[1].split("/")[0] if base.startswith("hf://datasets/") and "@" in base else None

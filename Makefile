@@ -62,7 +62,7 @@ lint-c: venv
 	    $(CC) -fsyntax-only -O1 $(WARNINGS) -DPy_LIMITED_API=0x030B0000 -isystem "$$include" "$$file"; \
 	done
 	@if $(CC) -fanalyzer -E -x c /dev/null >/dev/null 2>&1; then \
-	    for file in $(NATIVE_C); do $(CC) -O1 -fanalyzer $(WARNINGS) -c -o /dev/null "$$file"; done; \
+	    for file in $(NATIVE_C); do $(CC) -O1 -fanalyzer -fdiagnostics-path-format=none $(WARNINGS) -c -o /dev/null "$$file"; done; \
 	fi
 	@echo "lint: the C compiler found nothing in $(words $(C_FILES)) files"
 

@@ -564,13 +564,13 @@ static PyObject *segment_stats(Segment *self, PyObject *unused)
     CALL(shml_get_stats(&self->seg, &s));
     if (status != SHML_OK)
         return raise_status(status, "stats");
-    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsIsIsIsIsIsIsIsIsIsI}", "num_records", s.num_records, "ring_bytes", s.ring_bytes, "resident_bytes",
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsIsIsIsIsIsIsIsIsIsIsI}", "num_records", s.num_records, "ring_bytes", s.ring_bytes, "resident_bytes",
                          s.resident_bytes, "backed_bytes", s.backed_bytes, "used_bytes", s.used_bytes, "num_ready",
                          s.num_ready, "num_errors", s.num_errors, "num_reserved", s.num_reserved, "num_commits",
                          s.num_commits, "progress", s.progress, "chunks_todo", s.chunks_todo, "chunks_claimed",
                          s.chunks_claimed, "chunks_done", s.chunks_done, "chunks_broken", s.chunks_broken, "num_owners",
                          s.num_owners, "num_workers", s.num_workers, "num_services", s.num_services, "num_reaped",
-                         s.num_reaped, "num_rebuilds", s.num_rebuilds, "frozen", s.frozen);
+                         s.num_reaped, "num_services_lost", s.num_services_lost, "num_rebuilds", s.num_rebuilds, "frozen", s.frozen);
 }
 
 static PyObject *segment_progress(Segment *self, PyObject *unused)

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import _utils, get_worker_info
 
-from shmloader import _native as native
+import shmloader._native as native
 from shmloader.errors import ShmloaderError
 from shmloader.reader import Attachment
-from shmloader.sample import Field, Schema
-from shmloader.tokens import ALIGNMENT, InlineBatch, batch_ring
+from shmloader.sample import ALIGNMENT, Field, Schema
+from shmloader.tokens import InlineBatch, batch_ring
 from shmloader.views import Sample, WorkerBatch, torch_dtype
 
 #: One tensor of a batch: name, native op, index of the field, the field, dtype, shape of one sample's place.
@@ -85,7 +85,9 @@ def _field(schema: Schema, name: str) -> Field | None:
 # -- gathered from the ring --------------------------------------------------------------------------------
 
 
-def _gather(attachment: Attachment, samples: Sequence[Sample], kept: tuple[str, ...], plain: dict[str, Any]) -> Any:
+def _gather(
+    attachment: Attachment, samples: Sequence[Sample], kept: tuple[str, ...], plain: dict[str, Any]
+) -> dict[str, Any]:
     packed = _packed(samples)
     schema, segment = attachment.schema, attachment.ring.segment
     dims = _dims(schema, segment, packed, kept)
@@ -135,9 +137,9 @@ def _dims(schema: Schema, segment: Any, packed: bytes, kept: tuple[str, ...]) ->
     for field, (least, most, absent) in zip(schema.fields, segment.measure(packed, len(schema.fields)), strict=True):
         rank = len(field.shape)
         low, high = least[:rank], most[:rank]
-        if field.name in kept and not field.is_text:
-            if absent or low[1:] != high[1:] or (rank and low[0] != high[0] and field.pad is None):
-                return None
+        is_gathered = field.name in kept and not field.is_text
+        if is_gathered and (absent or low[1:] != high[1:] or (rank and low[0] != high[0] and field.pad is None)):
+            return None
         result.append(tuple(high))
     return tuple(result)
 
@@ -197,7 +199,7 @@ def _from_values(samples: Sequence[dict[str, Any]], collate_fn_map: Any) -> dict
 def _collate_field(name: str, values: list[Any], field: Field | None, collate_fn_map: Any) -> dict[str, Any]:
     """One field's batch, and its mask's; padded where the schema says that lengths may differ."""
     if field is None or field.pad is None or not all(isinstance(v, torch.Tensor) and v.ndim for v in values):
-        return {name: _utils.collate.default_collate(values) if collate_fn_map is None else _default(values, collate_fn_map)}
+        return {name: _utils.collate.collate(values, collate_fn_map=collate_fn_map or _collate_fn_map())}
     longest = max(len(value) for value in values)
     whole = values[0].new_full((len(values), longest, *values[0].shape[1:]), field.pad)
     for row, value in zip(whole, values, strict=True):
@@ -209,13 +211,14 @@ def _collate_field(name: str, values: list[Any], field: Field | None, collate_fn
     return batch
 
 
-def _default(values: list[Any], collate_fn_map: dict[Any, Callable[..., Any]]) -> Any:
-    return _utils.collate.collate(values, collate_fn_map=collate_fn_map)
+def _collate_fn_map() -> dict[Any, Callable[..., Any]]:
+    found: dict[Any, Callable[..., Any]] = _utils.collate.default_collate_fn_map
+    return found
 
 
 def install() -> None:
     """Have torch's ``default_collate`` call `collate` for samples."""
-    _utils.collate.default_collate_fn_map[Sample] = collate
+    _collate_fn_map()[Sample] = collate
 
 
 install()

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from shmloader import _native as native
+import shmloader._native as native
 from shmloader.collate import collate
 from shmloader.config import MultimodalConfig
 from shmloader.errors import ClosedError, OptionError
-from shmloader.options import ByteSize, DEFAULT_RING_SHARE, Options, parse_size
+from shmloader.options import DEFAULT_RING_SHARE, ByteSize, Options, parse_size
 from shmloader.prefetch.launch import SetFiles, start_set
 from shmloader.prefetch.payload import Work, write
 from shmloader.processors.text import check_tokenizer
@@ -33,7 +33,8 @@ from shmloader.views import Sample
 
 log = logging.getLogger("shmloader")
 
-_ring_bytes_in_use: dict[int, int] = {}  # of the datasets of this process that took the default size
+#: Bytes that the datasets of this process which took the default size need at most, by the set's uuid.
+_default_rings: dict[str, int] = {}
 
 
 class ShmMultimodalDataset(Dataset[dict[str, Any]]):
@@ -226,7 +227,7 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
             prefetchers=max(0, len(services) - 1),
             service_pids=services,
             num_workers=raw["num_workers"],
-            restarts=raw["num_reaped"],
+            restarts=raw["num_services_lost"],
             batches_in_slots=counters.in_slots if counters else 0,
             batches_copied=counters.copied if counters else 0,
             batches_inline=counters.inline if counters else 0,
@@ -291,8 +292,8 @@ def _start(work: Work, options: Options) -> Reader:
             os.close(fd)
         raise
     if options.ring_bytes is None:
-        _ring_bytes_in_use[id(reader)] = size
-        weakref.finalize(reader, _ring_bytes_in_use.pop, id(reader), None)
+        record_bytes = plan.schema.record_bytes() if plan.schema is not None else None
+        _default_rings[ring_files.uuid] = size if record_bytes is None else record_bytes * plan.source.num_rows
     return reader
 
 
@@ -303,12 +304,13 @@ def _ring_size(options: Options) -> int:
         size = parse_size(options.ring_bytes).resolve(limit)
     else:
         whole = ByteSize(share=DEFAULT_RING_SHARE).resolve(limit)
-        size = max(whole - sum(_ring_bytes_in_use.values()), whole // 8)
+        size = max(whole - sum(_default_rings.values()), whole // 8)
     return max(4096, size // 4096 * 4096)
 
 
 def _close(reader: Reader, pid: int) -> None:
     if os.getpid() == pid:
+        _default_rings.pop(reader.files.ring.uuid, None)
         reader.close()
 
 
@@ -330,3 +332,5 @@ def _seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
 
 
 _generators = threading.Lock()
+# Another thread of the parent may have held it when this process was forked.
+os.register_at_fork(after_in_child=lambda: globals().update(_generators=threading.Lock()))

@@ -133,4 +133,5 @@ def _number(
 
 
 def _bad(name: str, value: object, allowed: str) -> OptionError:
-    return OptionError(f"{name}={value!r} is not valid: it must be {allowed}", name=name, value=str(value), allowed=allowed)
+    message = f"{name}={value!r} is not valid: it must be {allowed}"
+    return OptionError(message, name=name, value=str(value), allowed=allowed)

@@ -10,7 +10,7 @@ from multiprocessing import reduction
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
-from shmloader import _native as native
+import shmloader._native as native
 from shmloader.errors import ClosedError, PoisonedError
 from shmloader.prefetch.launch import SetFiles, ensure_supervisor
 from shmloader.prefetch.plan import SetPlan, read_plan
@@ -18,7 +18,7 @@ from shmloader.ring import Refs, Ring, RingFiles
 from shmloader.sample import Schema
 
 _ADVICE = (
-    "shmloader: in-place write to a sample that lies in shared memory: it is read-only, and other processes read it too. "
+    "shmloader: in-place write to a sample that lies in shared memory: it is read-only, and other processes read it. "
     "Give the dataset writable=True for private copies, do it in transform= (which gets them), or use sample.clone().\n"
 )
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shmloader import _native as native
+import shmloader._native as native
 from shmloader.errors import (
     MemoryLimitError,
     PoisonedError,
@@ -246,8 +246,8 @@ class Ring:
         if not missing:
             return self._read_error(*Refs([0], packed).place(0))
         return ServiceError(
-            f"{describe(row)} cannot be read: each of the {native.MAX_ATTEMPTS} prefetch processes that tried its chunk "
-            "died without an error (killed, out of memory, or crashed in a decoder). Their output on stderr or "
+            f"{describe(row)} cannot be read: each of the {native.MAX_ATTEMPTS} prefetch processes that tried its "
+            "chunk died without an error (killed, out of memory, or crashed in a decoder). Their output on stderr or "
             "the kernel's log may say why; `process=` can replace the decoder.",
             role="prefetcher",
             row=row,

@@ -82,9 +82,7 @@ class Schema:
     def from_json(cls, text: str) -> Schema:
         """The schema that `to_json` wrote."""
         raw = json.loads(text)
-        fields = tuple(
-            Field(**{k: tuple(v) if isinstance(v, list) else v for k, v in field.items()}) for field in raw["fields"]
-        )
+        fields = tuple(Field(**_with_tuples(field)) for field in raw["fields"])
         return cls(fields, raw["task_type"], tuple(raw["sources"]))
 
     @cached_property
@@ -145,6 +143,10 @@ class RecordLayout:
             for field, offset, _, shape in self.entries
             if offset and field.same_as is None
         }
+
+
+def _with_tuples(raw: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
 
 
 def _align(num_bytes: int) -> int:

@@ -13,7 +13,8 @@ class Stats:
     commits: records written so far; equals ``samples_ready`` if none was ever decoded twice.
     ring_bytes: the ring's size. ring_backed_bytes: of it backed by memory. ring_used_bytes: in records.
     prefetchers: prefetch processes at work (0 once all is there). service_pids: supervisor and prefetchers.
-    num_workers: attached DataLoader workers. restarts: dead clients that were cleaned up after.
+    num_workers: attached DataLoader workers. restarts: services that died and were
+        replaced.
     batches_in_slots, batches_copied, batches_inline: batches that this process received in place, copied out of
         their slot because too many were held, or as bytes through the worker's pipe.
     batch_backed_bytes: memory of this process's batch ring (of all its datasets).

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from shmloader import _native as native
+import shmloader._native as native
 from shmloader.errors import StaleTokenError
 from shmloader.ring import memory_limits
-from shmloader.sample import ALIGNMENT
-from shmloader.views import Sample, WorkerBatch, tensor_over, torch_dtype
+from shmloader.views import Sample, WorkerBatch, tensor_over
 
 #: Slots that one worker may have at once: two batches queued (prefetch_factor), one being filled, two that the training
 #: loop holds, and one over.
@@ -58,13 +57,11 @@ class BatchRing:
         self.ring = native.BatchRing(self.mapping, fd)
         self.client = self.ring.register(role)
         self.counters = Counters()
-        self.was_refused = False
 
     def lease(self, num_bytes: int) -> Lease | None:
         """A slot to fill, or None: none is free and the budget is used up. Worker only; never waits."""
         slot = self.ring.acquire(num_bytes, MAX_SLOTS_PER_WORKER)
-        self.was_refused = not isinstance(slot, tuple)
-        return None if self.was_refused else Lease(self, slot)
+        return Lease(self, slot) if isinstance(slot, tuple) else None
 
 
 class Lease:
@@ -245,5 +242,3 @@ def _receive(
 ForkingPickler.register(WorkerBatch, _reduce_batch)
 ForkingPickler.register(InlineBatch, _reduce_inline)
 ForkingPickler.register(Sample, _reduce_sample)
-
-__all__ = ["ALIGNMENT", "BatchRing", "InlineBatch", "batch_ring", "join", "known_files", "open_batch_ring", "torch_dtype"]

@@ -82,10 +82,34 @@ def _filling(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in (
-    "__contains__ __delitem__ __eq__ __ge__ __getitem__ __gt__ __ior__ __iter__ __le__ __len__ __lt__ __ne__ __repr__ "
-    "__reversed__ __setitem__ clear copy get items keys pop popitem setdefault update values"
-).split():
+_FILLING = (
+    "__contains__",
+    "__delitem__",
+    "__eq__",
+    "__ge__",
+    "__getitem__",
+    "__gt__",
+    "__ior__",
+    "__iter__",
+    "__le__",
+    "__len__",
+    "__lt__",
+    "__ne__",
+    "__repr__",
+    "__reversed__",
+    "__setitem__",
+    "clear",
+    "copy",
+    "get",
+    "items",
+    "keys",
+    "pop",
+    "popitem",
+    "setdefault",
+    "update",
+    "values",
+)
+for _name in _FILLING:
     setattr(LazyDict, _name, _filling(_name))
 
 
@@ -120,7 +144,8 @@ class Sample(LazyDict):
         return self
 
     def _fill(self) -> None:
-        assert self._attachment is not None and self._refs is not None
+        assert self._attachment is not None
+        assert self._refs is not None
         schema, ring = self._attachment.schema, self._attachment.ring
         offset, num_bytes = self._refs.place(self._index)
         entries = ring.segment.fields(offset, num_bytes, len(schema.fields))

@@ -64,6 +64,8 @@ class StandIn(torch.utils.data.Dataset[StandInSample]):
             ring_used_bytes=len(self) * 150_528,
             service_pids=[],
             batches_in_slots=1,
+            batches_copied=0,
+            batch_backed_bytes=0,
             batches_inline=0,
         )
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, Sampler
 import shmloader
 from shmloader.cli.demo_progress import EpochProgress
 from shmloader.cli.memory import JobMemory, job_memory
-from shmloader.cli.plain import PlainConfig, PlainDataset, collate_plain, differences, open_plain
+
+if TYPE_CHECKING:  # imports `datasets`, which would count as memory of the training process
+    from shmloader.cli.plain import PlainDataset
 
 _SEED = 0
 #: Batches of each epoch that are kept and checked afterwards (few: they hold slots of the batch ring).
@@ -101,6 +103,8 @@ class _Kept:
 
     def check(self, outcome: Outcome, plain: PlainDataset) -> None:
         """Compare them all with a direct decode, and put what was found into ``outcome``."""
+        from shmloader.cli.plain import differences
+
         for epoch, indices, file in self._entries:
             batch = torch.load(file)
             outcome.fields = tuple(name for name in batch if name in plain.fields)
@@ -126,6 +130,8 @@ def measure(run: DemoRun, console: Console) -> Outcome:
             outcome = _measure_shared(dataset, run, console, kept)
         outcome.opened_s = opened_s
         started = time.perf_counter()
+        from shmloader.cli.plain import PlainConfig, open_plain
+
         plain = open_plain(run.dataset, run.split, PlainConfig.of(config))
         outcome.plain_opened_s = time.perf_counter() - started
         if outcome.stats.num_rows != len(plain):
@@ -166,6 +172,8 @@ def _measure_shared(dataset: Any, run: DemoRun, console: Console, kept: _Kept) -
 
 
 def _measure_plain(plain: PlainDataset, run: DemoRun, console: Console) -> list[Epoch]:
+    from shmloader.cli.plain import collate_plain
+
     loader = _loader(plain, SeededOrder(len(plain)), run, collate_plain)
     epochs = []
     for number in range(run.num_epochs):

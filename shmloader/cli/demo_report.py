@@ -35,8 +35,10 @@ def words(outcomes: Sequence[Outcome]) -> str:
         return "What the loader gave is not what a direct decode gives: see DIFFERS above. Please report it as a bug."
     sentences = ["Every sample was decoded once, kept once, and read in place by all workers."]
     if outcomes[0].run.num_epochs > 1:
-        gains = " and ".join(f"{warm_ratio(outcome):.1f} times for {_name(outcome)}" for outcome in outcomes)
-        sentences.append(f"From the second epoch on that gave the samples/s of a plain DataLoader {gains}.")
+        first, *others = outcomes
+        gains = [f"{warm_ratio(first):.1f} times the samples/s of a plain DataLoader for {_name(first)}"]
+        gains += [f"{warm_ratio(outcome):.1f} times for {_name(outcome)}" for outcome in others]
+        sentences.append(f"From the second epoch on that gave {' and '.join(gains)}.")
         if any(warm_ratio(outcome) < 1 for outcome in outcomes):
             sentences.append("Where that is below 1, decoding costs too little for a cache to pay.")
     else:
@@ -69,7 +71,9 @@ def format_bytes(num_bytes: float) -> str:
 
 def _speed_table(outcome: Outcome) -> Table:
     run = outcome.run
-    table = Table(title=f"{_name(outcome)}, {run.split}: {run.num_workers} workers, batches of {run.batch_size}")
+    table = Table(
+        title=f"{_name(outcome)}, {run.split}: {_counted(run.num_workers, 'worker')}, batches of {run.batch_size}"
+    )
     table.add_column("epoch")
     for heading in ("samples/s", "first batch", "plain DataLoader", "first batch", "ratio"):
         table.add_column(heading, justify="right")
@@ -91,7 +95,9 @@ def _cost_table(outcome: Outcome) -> Table:
     table = Table(show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    table.add_row("time to open", f"{outcome.opened_s:.2f} s (datasets.load_dataset: {outcome.plain_opened_s:.2f} s)")
+    table.add_row(
+        "time to open", f"{outcome.opened_s:.2f} s (import and load of datasets: {outcome.plain_opened_s:.2f} s)"
+    )
     table.add_row(
         "decodes per sample", f"{stats.commits / stats.num_rows:g} ({stats.commits:,} for {stats.num_rows:,} samples)"
     )
@@ -107,17 +113,26 @@ def _cost_table(outcome: Outcome) -> Table:
     )
     for title, processes in (
         ("  training", (memory.training,)),
-        (f"  {len(memory.workers)} workers", memory.workers),
-        (f"  {len(memory.services)} services", memory.services),
+        (f"  {_counted(len(memory.workers), 'worker')}", memory.workers),
+        (f"  {_counted(len(memory.services), 'service')}", memory.services),
     ):
         if processes:
             table.add_row(title, format_bytes(summed(processes).total_bytes))
-    table.add_row("batches", f"{stats.batches_in_slots:,} in shared slots, {stats.batches_inline:,} through the pipe")
+    table.add_row("  of these, batch slots", format_bytes(stats.batch_backed_bytes))
+    table.add_row(
+        "batches of workers",
+        f"{stats.batches_in_slots:,} read in shared slots, {stats.batches_copied:,} copied out of them, "
+        f"{stats.batches_inline:,} through the pipe",
+    )
     verdict = f"{len(outcome.differences):,} differences" if outcome.differences else "equal"
     table.add_row(
         "checked by direct decode", f"{outcome.num_checked:,} samples ({', '.join(outcome.fields)}): {verdict}"
     )
     return table
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _name(outcome: Outcome) -> str:

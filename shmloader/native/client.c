@@ -134,7 +134,9 @@ int shml_reap(shml_seg_t *seg, int now)
             return status;
         if (client->state == SHML_CLIENT_ACTIVE && client->gen == gen &&
             !env->alive(env->ctx, seg->lock_fd, slot, client)) {
+            uint32_t role = client->role;
             status = clean_up(seg, slot);
+            c->num_services_lost += role == SHML_SERVICE;
             c->num_reaped++;
             num_reaped++;
         }

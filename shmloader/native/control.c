@@ -248,7 +248,7 @@ int shml_get_stats(shml_seg_t *seg, shml_stats_t *stats)
         .used_bytes = c->used_bytes, .num_records = c->num_buckets, .num_ready = c->num_ready, .num_errors = c->num_errors,
         .num_reserved = c->num_reserved, .num_commits = c->num_commits, .progress = c->progress,
         .chunks_todo = c->chunks_todo, .chunks_claimed = c->chunks_claimed, .chunks_done = c->chunks_done,
-        .chunks_broken = c->chunks_broken, .num_reaped = c->num_reaped, .num_rebuilds = c->num_rebuilds,
+        .chunks_broken = c->chunks_broken, .num_reaped = c->num_reaped, .num_services_lost = c->num_services_lost, .num_rebuilds = c->num_rebuilds,
         .state = c->state, .frozen = c->frozen,
         .num_owners = shml_count_clients(seg, SHML_OWNER), .num_workers = shml_count_clients(seg, SHML_WORKER),
         .num_services = shml_count_clients(seg, SHML_SERVICE),

@@ -129,7 +129,7 @@ struct shml_control {
     /* Truth under the mutex. */
     _Alignas(64) uint64_t backed_end; /* the ring has memory below this; only grows */
     uint32_t frozen;                  /* 1: memory was refused, backed_end is final */
-    uint32_t num_reaped, num_rebuilds;
+    uint32_t num_reaped, num_services_lost, num_rebuilds;
     uint64_t num_commits; /* ever; a kill between it and the state counts a decode that was done again: two */
 
     /* Derived, under the mutex. */

@@ -221,7 +221,7 @@ typedef struct shml_stats {
     uint64_t num_ready, num_errors, num_reserved, num_commits;
     uint64_t progress;
     uint32_t chunks_todo, chunks_claimed, chunks_done, chunks_broken;
-    uint32_t num_owners, num_workers, num_services, num_reaped, num_rebuilds;
+    uint32_t num_owners, num_workers, num_services, num_reaped, num_services_lost, num_rebuilds;
     uint32_t state; /* 1 ready, 3 poisoned */
     uint32_t frozen;/* the ring will not grow beyond backed_bytes: memory was refused */
 } shml_stats_t;

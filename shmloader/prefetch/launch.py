@@ -11,38 +11,23 @@ import fcntl
 import json
 import os
 import select
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from shmloader import _native as native
+import shmloader._native as native
 from shmloader.errors import ServiceError, from_wire
 from shmloader.prefetch.plan import SetPlan, read_plan
+from shmloader.prefetch.spawn import spawn
 from shmloader.ring import STARTER_BYTE, SUPERVISOR_BYTE, RingFiles
 
 #: A fresh interpreter takes 0.1 s to take its byte; on a machine that swaps, much longer (guessed).
 START_TIMEOUT_S = 30.0
 
-_BOOT = str(Path(__file__).with_name("boot.py"))
-# What a service must not do: load torch, use more threads than its share, draw progress bars.
-_ENVIRONMENT = {
-    "USE_TORCH": "0",
-    "USE_TF": "0",
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    # A decoder's temporaries are some 750 kB each. By default glibc gives them back to the kernel after every image
-    # (568 page faults an image: 2.8-3.6 ms instead of 1.2-1.7, measured); with both set it keeps them. mallopt(3)
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
-}
 _starting = threading.Lock()  # POSIX locks do not exclude threads of one process
+# Another thread of the parent may have held it when this process was forked.
+os.register_at_fork(after_in_child=lambda: globals().update(_starting=threading.Lock()))
 
 
 @dataclass(frozen=True)
@@ -69,18 +54,6 @@ class SetFiles:
         self.ring.close()
         os.close(self.payload_fd)
         os.close(self.plan_fd)
-
-
-def spawn(role: str, fds: dict[str, int]) -> subprocess.Popen[bytes]:
-    """Start a service that inherits ``fds`` and nothing else but stderr."""
-    return subprocess.Popen(
-        [sys.executable, _BOOT, role, json.dumps(fds)],
-        pass_fds=tuple(fds.values()),
-        stdin=subprocess.DEVNULL,
-        stdout=2 if _is_open(2) else subprocess.DEVNULL,
-        env={**os.environ, **_ENVIRONMENT},
-        start_new_session=True,
-    )
 
 
 def start_set(files: SetFiles) -> SetPlan:
@@ -159,11 +132,3 @@ def _byte(fd: int, offset: int) -> Iterator[bool]:
         yield True
     finally:
         fcntl.lockf(fd, fcntl.LOCK_UN, 1, offset)
-
-
-def _is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from shmloader.errors import OptionError
@@ -51,7 +52,7 @@ def write(work: Work, head: dict[str, Any]) -> int:
                 allowed="a picklable object",
             ) from error
     body = cloudpickle.dumps(parts)
-    text = json.dumps({**head, "sys_path": [p or os.getcwd() for p in sys.path]}).encode()
+    text = json.dumps({**head, "sys_path": [path or str(Path.cwd()) for path in sys.path]}).encode()
     fd = os.memfd_create("shmloader-payload", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with os.fdopen(os.dup(fd), "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text + body)

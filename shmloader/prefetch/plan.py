@@ -1,14 +1,11 @@
-"""What the planner found out, as it lies in the plan memfd: JSON, without secrets."""
+"""What the planner found out: the source's plan and the samples' schema."""
 
 from __future__ import annotations
 
 import bisect
-import json
-import os
 from dataclasses import dataclass
-from typing import Any
 
-from shmloader.errors import from_wire
+from shmloader.prefetch.plan_file import Layout, read_parts, write_parts
 from shmloader.sample import Schema
 from shmloader.sources.base import SourcePlan
 
@@ -30,33 +27,20 @@ class SetPlan:
 
 def write_plan(fd: int, plan: SetPlan) -> None:
     """Store ``plan`` in the (empty) plan memfd."""
-    schema = None if plan.schema is None else plan.schema.to_json()
-    _write(fd, {"source": plan.source.to_json(), "schema": schema})
-
-
-def write_failure(fd: int, wire: dict[str, Any]) -> None:
-    """Store why there is no plan (see `errors.to_wire`)."""
-    _write(fd, {"error": wire})
+    source, schema = plan.source, plan.schema
+    layout = Layout(
+        num_rows=source.num_rows,
+        chunks=[(chunk.first_row, chunk.num_rows) for chunk in source.chunks],
+        is_sequential=source.is_sequential,
+        record_bytes=None if schema is None else schema.record_bytes(),
+    )
+    write_parts(fd, layout, source.to_json(), None if schema is None else schema.to_json())
 
 
 def read_plan(fd: int) -> SetPlan | None:
-    """The plan in ``fd``, None if none was written yet.
-
-    Raises:
-        ShmloaderError: what the planner stored with `write_failure`.
-    """
-    data = os.pread(fd, os.fstat(fd).st_size, 0)
-    if not data:
+    """The plan in ``fd``, None if none was written yet. Raises what the planner raised."""
+    parts = read_parts(fd)
+    if parts is None:
         return None
-    raw = json.loads(data)
-    if "error" in raw:
-        raise from_wire(raw["error"])
-    schema = None if raw["schema"] is None else Schema.from_json(raw["schema"])
-    return SetPlan(SourcePlan.from_json(raw["source"]), schema)
-
-
-def _write(fd: int, raw: dict[str, Any]) -> None:
-    data = memoryview(json.dumps(raw).encode())
-    at = 0
-    while at < len(data):
-        at += os.pwrite(fd, data[at:], at)
+    _, source, schema = parts
+    return SetPlan(SourcePlan.from_json(source), None if schema is None else Schema.from_json(schema))

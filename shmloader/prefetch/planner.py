@@ -6,7 +6,8 @@ from typing import Any
 
 from shmloader.errors import to_wire
 from shmloader.prefetch.payload import read_work
-from shmloader.prefetch.plan import SetPlan, write_failure, write_plan
+from shmloader.prefetch.plan import SetPlan, write_plan
+from shmloader.prefetch.plan_file import write_failure
 
 
 def make_plan(fds: dict[str, int]) -> SetPlan:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from shmloader import _native as native
+import shmloader._native as native
 from shmloader import processors
 from shmloader.errors import RingError, SampleError, ServiceError, ShmloaderError
 from shmloader.prefetch.payload import read_work
@@ -126,7 +126,9 @@ class Prefetcher:
         if self.schema is None:
             schema = processors.schema_of(self.processors, self.plan.source.name)
             self.ring.segment.text_put(native.TEXT_SCHEMA, schema.to_json().encode())
-            self.schema = Schema.from_json(self.ring.segment.text_get(native.TEXT_SCHEMA).decode())
+            first = self.ring.segment.text_get(native.TEXT_SCHEMA)
+            assert first is not None
+            self.schema = Schema.from_json(first.decode())
             for processor in self.processors:
                 if isinstance(processor, UserProcessor):
                     processor.adopt(self.schema.fields)

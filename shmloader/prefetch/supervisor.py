@@ -18,10 +18,10 @@ import subprocess
 import time
 from typing import Any
 
-from shmloader import _native as native
+import shmloader._native as native
 from shmloader.errors import ServiceError, ShmloaderError, to_wire
-from shmloader.prefetch.launch import spawn
-from shmloader.prefetch.plan import SetPlan, read_plan
+from shmloader.prefetch.plan_file import Layout, read_parts
+from shmloader.prefetch.spawn import spawn
 from shmloader.ring import SUPERVISOR_BYTE, Ring, RingFiles, format_control, ring_full
 
 log = logging.getLogger("shmloader.supervisor")
@@ -85,15 +85,15 @@ class Supervisor:
             if planner.returncode is None:
                 log.debug("the training process is gone")
                 return False
-            plan = read_plan(self.fds["plan"])
-            if plan is None:
+            parts = read_parts(self.fds["plan"])
+            if parts is None:
                 raise ServiceError(
                     f"The process that looks up the dataset died (exit status {planner.returncode}); what it wrote to "
                     "stderr may say why.",
                     role="planner",
                     pid=planner.pid,
                 )
-            self._format(plan)
+            self._format(parts[0])
         except ShmloaderError as error:
             log.debug("no plan", exc_info=True)
             os.write(self.status_fd, json.dumps({"error": to_wire(error)}).encode())
@@ -114,13 +114,10 @@ class Supervisor:
         if self.status_fd not in ready:
             planner.wait()
 
-    def _format(self, plan: SetPlan) -> None:
-        source = plan.source
-        record_bytes = plan.schema.record_bytes() if plan.schema is not None else None
-        if record_bytes is not None and record_bytes * source.num_rows > self.files.ring_bytes:
-            raise ring_full(record_bytes * source.num_rows, self.files.ring_bytes, 0)
-        chunks = [(chunk.first_row, chunk.num_rows) for chunk in source.chunks]
-        format_control(self.files, source.num_rows, chunks, source.is_sequential)
+    def _format(self, layout: Layout) -> None:
+        if layout.record_bytes is not None and layout.record_bytes * layout.num_rows > self.files.ring_bytes:
+            raise ring_full(layout.record_bytes * layout.num_rows, self.files.ring_bytes, 0)
+        format_control(self.files, layout.num_rows, layout.chunks, layout.is_sequential)
 
     # -- main loop -------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ static uint64_t lay_out(const shml_config_t *config, struct shml_control *c)
 
 uint64_t shml_control_bytes(const shml_config_t *config)
 {
-    struct shml_control c;
+    struct shml_control c = {0};
     return lay_out(config, &c);
 }
 
@@ -125,8 +125,9 @@ int shml_control_check(const void *control, uint64_t bytes, const uint8_t boot_i
                             .resident_bytes = c->resident_bytes,
                             .num_records = c->num_buckets,
                             .num_chunks = c->num_chunks};
-    struct shml_control expected;
-    if (lay_out(&config, &expected) != c->control_bytes || expected.buckets_at != c->buckets_at ||
+    struct shml_control expected = {0};
+    uint64_t need = lay_out(&config, &expected);
+    if (need == 0 || need != c->control_bytes || expected.buckets_at != c->buckets_at ||
         expected.descs_at != c->descs_at || expected.chunks_at != c->chunks_at || expected.wants_at != c->wants_at ||
         expected.clients_at != c->clients_at || expected.texts_at != c->texts_at ||
         expected.num_descs != c->num_descs || c->max_clients != SHML_MAX_CLIENTS)

@@ -1,4 +1,4 @@
-/* env_linux.c - the operating system as the core sees it: Linux, glibc 2.34 or newer. */
+/* env_linux.c - the operating system as the core sees it: Linux 5.3, glibc 2.30 or newer. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>

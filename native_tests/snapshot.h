@@ -182,7 +182,8 @@ static void snapshot_reset(void)
 }
 
 /* Act as client `actor` at depth 0, killed at each failpoint and, where survive arms, a second time. */
-static void snapshot_run(int actor, int max_depth, void (*act)(void), void (*survive)(int depth, const char *point))
+TEST_UNUSED static void snapshot_run(int actor, int max_depth, void (*act)(void),
+                                     void (*survive)(int depth, const char *point))
 {
     CHECK(max_depth < SNAPSHOT_DEPTHS);
     snapshot.actors[0] = actor;

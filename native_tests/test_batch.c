@@ -367,6 +367,18 @@ static void a_dead_workers_sent_slot_can_still_be_adopted(void)
     CHECK_EQ(adopted(&slot), SHML_OK);
 }
 
+static void what_a_worker_left_that_unregistered_is_free_for_others(void)
+{
+    new_batch(64 * KIB);
+    shml_slot_t slots[2] = {acquire(D, 32 * KIB), acquire(D, 32 * KIB)};
+    CHECK_EQ(sent(D, &slots[0]), SHML_OK);
+    shml_bhandle_t h = handle(D);
+    shml_batch_unregister(&h); /* its process lives on */
+    acquire(A, 32 * KIB);
+    acquire(A, 32 * KIB);
+    CHECK_EQ(adopted(&slots[0]), SHML_E_STALE);
+}
+
 static void smaller_ones_of_the_dead_make_room(void)
 {
     new_batch(128 * KIB);
@@ -481,7 +493,6 @@ static void freed_ranges_are_used_again_without_overlap(void)
                 CHECK(live[k].slot.capacity >= bytes);
                 live[k].worker = worker;
                 live[k].state = SHML_SLOT_FILLING;
-                memset(h.batch, 0, 0);
                 world()->memory[live[k].slot.offset] = (uint8_t)k;
                 world()->memory[live[k].slot.offset + live[k].slot.capacity - 1] = (uint8_t)k;
             }
@@ -575,7 +586,9 @@ static void no_value_in_the_table_can_do_harm(void)
             shml_batch_slot_t *s = &batch->slots[test_random(&seed) % 8];
             switch (test_random(&seed) % 6) {
             case 0: s->word = value; break;
-            case 1: s->word = shml_slot_word((uint32_t)value, (uint32_t)(value >> 32) % 5, (uint32_t)(value >> 40) % 6); break;
+            case 1:
+                s->word = shml_slot_word((uint32_t)value, (uint32_t)(value >> 32) % 5, (uint32_t)(value >> 40) % 6);
+                break;
             case 2: s->offset = value; break;
             case 3: s->capacity = value; break;
             case 4: s->is_backed = (uint32_t)value; break;
@@ -590,7 +603,8 @@ static void no_value_in_the_table_can_do_harm(void)
             (void)sent(A, &slot);
         }
         for (uint32_t i = 0; i < 8; i++) {
-            shml_slot_t token = {batch->slots[i].offset, batch->slots[i].capacity, i, shml_slot_gen(batch->slots[i].word)};
+            const shml_batch_slot_t *s = &batch->slots[i];
+            shml_slot_t token = {s->offset, s->capacity, i, shml_slot_gen(s->word)};
             if (shml_slot_adopt(&h, &token, &held, &total) == SHML_OK)
                 CHECK(token.offset >= SHML_BATCH_DATA_AT && token.capacity <= MAP_BYTES - token.offset);
         }
@@ -635,8 +649,13 @@ static void go_on(int depth, const char *point)
     int self = depth == 1 ? B : C;
     world_t *before = &snapshot.worlds[depth - 1];
     shml_batch_stats_t stats = get_stats();
-    if (depth == 1) /* only slots have memory, at any moment; deeper worlds' files are not copied */
-        CHECK(backed(before->fd) <= HEADER_BYTES + stats.backed_bytes);
+    if (depth == 1) { /* deeper worlds' files are not copied */
+        uint64_t sure_bytes = 0;
+        for (uint32_t i = 0; i < SHML_MAX_SLOTS; i++)
+            sure_bytes += handle(self).batch->slots[i].is_backed ? handle(self).batch->slots[i].capacity : 0;
+        CHECK(backed(before->fd) <= HEADER_BYTES + stats.backed_bytes); /* only slots have memory, at any moment */
+        CHECK(backed(before->fd) >= HEADER_BYTES + sure_bytes);         /* and those that say so do */
+    }
     CHECK(fallocate(world()->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, SHML_BATCH_DATA_AT,
                     (off_t)(MAP_BYTES - SHML_BATCH_DATA_AT)) == 0);
     snapshot.actors[depth] = self;
@@ -746,7 +765,11 @@ static void a_kill_at_any_point_loses_nothing(void)
     printf("batch: %llu kills, %llu pairs\n", (unsigned long long)kills, (unsigned long long)pairs);
 }
 
-static void every_failpoint_was_passed(void) { snapshot_check_coverage("batch.c", ""); }
+static void every_failpoint_was_passed(void)
+{
+    snapshot_check_coverage("batch.c", "");
+    snapshot_check_coverage("slot.c", "");
+}
 
 /* ---------------------------------------------------------------------------------------------------- *
  * Real processes, real kills
@@ -902,7 +925,7 @@ TEST_MAIN(TEST(only_a_batch_ring_is_taken_for_one), TEST(a_slot_goes_round),
           TEST(max_slots_and_budget_bound_a_worker), TEST(growing_batches_give_small_slots_back),
           TEST(too_many_small_slots_make_way_for_one_that_fits), TEST(nothing_is_given_back_in_vain),
           TEST(what_a_dead_worker_left_is_free_for_others), TEST(a_dead_workers_sent_slot_can_still_be_adopted),
-          TEST(smaller_ones_of_the_dead_make_room), TEST(a_slot_of_the_dead_that_lacks_memory_gets_it),
+          TEST(what_a_worker_left_that_unregistered_is_free_for_others), TEST(smaller_ones_of_the_dead_make_room), TEST(a_slot_of_the_dead_that_lacks_memory_gets_it),
           TEST(a_newcomer_inherits_a_clean_pool), TEST(places_of_dead_clients_are_given_again),
           TEST(refused_memory_means_no_slot), TEST(freed_ranges_are_used_again_without_overlap),
           TEST(a_frozen_holder_of_the_mutex_means_no_slot), TEST(a_dead_holder_is_repaired_after),

@@ -415,6 +415,30 @@ static void two_clients_grow_the_ring_at_once(void)
     remove_root();
 }
 
+static void grow_when_refused(const char *name)
+{
+    if (at_point != NULL && strcmp(name, at_point) == 0)
+        put_bytes("/sys/fs/cgroup/a/memory.current", 0);
+    grow_another(name);
+}
+
+static void who_is_refused_uses_what_another_got(void)
+{
+    shml_memory_t memory;
+    new_root("0::/a\n");
+    put_bytes("/sys/fs/cgroup/a/memory.max", 300 * MIB);
+    put_bytes("/sys/fs/cgroup/a/memory.current", 300 * MIB);
+    new_segment(256 * MIB);
+    shml_failpoint = grow_when_refused;
+    at_point = "memory.ring_back.backed";
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 1, root, &memory), SHML_OK);
+    shml_failpoint = NULL;
+    CHECK_EQ(seg.control->backed_end, 128 * MIB);
+    CHECK_EQ(seg.control->frozen, 0);
+    free_segment();
+    remove_root();
+}
+
 static void spare_is_a_share_with_a_most(void)
 {
     shml_memory_t memory = {.total_bytes = 1 * GIB};
@@ -435,4 +459,4 @@ TEST_MAIN(TEST(without_cgroups_the_machine_is_the_limit), TEST(without_proc_ther
           TEST(back_gets_done_under_a_storm_of_signals), TEST(collapse_never_fails),
           TEST(collapse_of_a_backed_aligned_mapping), TEST(the_ring_grows_by_extents),
           TEST(little_memory_backs_what_is_needed_then_freezes), TEST(two_clients_grow_the_ring_at_once),
-          TEST(spare_is_a_share_with_a_most))
+          TEST(who_is_refused_uses_what_another_got), TEST(spare_is_a_share_with_a_most))

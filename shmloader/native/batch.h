@@ -25,7 +25,7 @@
  *   offset,      whoever makes the slot                                  under the mutex, in state NONE
  *   capacity
  *   is_backed    1: who has the slot FILLING, after fallocate            any time
- *                0: who discards it, before its memory goes; who makes it under the mutex
+ *                0: who discards it, before its memory goes            under the mutex
  *   slot_end     whoever makes the slot, before its word                 under the mutex
  *   clients      client.c                                                under the mutex
  *   num_*        anybody, statistics
@@ -39,7 +39,7 @@
  *   adopt, release (the owner)       anything                            its workers end too, the memfd goes
  *   discard, after the claim         F(dead), partly without memory      as F(dead): it is not is_backed
  *   register, before the sweep       an ACTIVE, dead client              bury, or whoever takes its slot of the clients
- *   any, holding the mutex           EOWNERDEAD                          the next: slot_end is made anew, ranges checked
+ *   any, holding the mutex           EOWNERDEAD                          the next: slot_end made anew, ranges checked
  *
  * A slot of the clients is used again after its process is gone. What its predecessor had FILLING or SENT is set
  * FREE before the newcomer can acquire (the "sweep", in the critical section that made it a client), so the pool
@@ -47,6 +47,8 @@
  */
 #ifndef SHML_BATCH_H
 #define SHML_BATCH_H
+
+#include <stdbool.h>
 
 #include "layout.h"
 
@@ -93,6 +95,55 @@ static inline uint64_t shml_slot_word(uint32_t gen, uint32_t owner, uint32_t sta
 static inline uint32_t shml_slot_gen(uint64_t word) { return (uint32_t)(word >> 32); }
 static inline uint32_t shml_slot_owner(uint64_t word) { return (uint32_t)(word >> 8) & 0xffff; }
 static inline uint32_t shml_slot_state(uint64_t word) { return (uint32_t)(word & 0xff); }
+
+/* Shared by batch.c and slot.c. */
+static inline uint64_t shml_slot_load(const shml_batch_slot_t *slot)
+{
+    return atomic_load_explicit(&slot->word, memory_order_acquire); /* SYNC(range), SYNC(batch), SYNC(reuse) */
+}
+
+static inline bool shml_slot_swap(shml_batch_slot_t *slot, uint64_t from, uint64_t to)
+{
+    return atomic_compare_exchange_strong_explicit(&slot->word, &from, to, memory_order_acq_rel, memory_order_acquire);
+}
+
+static inline uint64_t shml_slot_size(const shml_batch_slot_t *slot)
+{
+    return atomic_load_explicit(&slot->capacity, memory_order_relaxed);
+}
+static inline uint64_t shml_slot_at(const shml_batch_slot_t *slot)
+{
+    return atomic_load_explicit(&slot->offset, memory_order_relaxed);
+}
+
+static inline uint32_t shml_slot_end(const shml_batch_t *batch)
+{
+    uint32_t end = atomic_load_explicit(&batch->slot_end, memory_order_acquire);
+    return end < SHML_MAX_SLOTS ? end : SHML_MAX_SLOTS;
+}
+
+static inline uint64_t shml_slot_unit(uint64_t capacity)
+{
+    return capacity >= SHML_HUGE_SLOT_BYTES ? SHML_HUGE_BYTES : SHML_BATCH_PAGE_BYTES;
+}
+
+/* Within this process's mapping, whatever the shared memory says. */
+static inline bool shml_slot_range_is_good(const shml_bhandle_t *h, uint64_t offset, uint64_t capacity)
+{
+    uint64_t unit = shml_slot_unit(capacity);
+    return offset >= SHML_BATCH_DATA_AT && offset <= h->map_bytes && capacity > 0 &&
+           capacity <= h->map_bytes - offset && offset % unit == 0 && capacity % unit == 0;
+}
+
+static inline int shml_batch_poison(shml_batch_t *batch)
+{
+    atomic_store_explicit(&batch->is_poisoned, 1, memory_order_relaxed);
+    return SHML_E_POISONED;
+}
+
+/* *repaired goes to unlock. POISONED, TIMEOUT, SYS. */
+int shml_batch_lock(shml_bhandle_t *h, uint32_t timeout_ms, int *repaired);
+void shml_batch_unlock(shml_bhandle_t *h, int repaired);
 
 /* Capacity of a new slot for `num_bytes`; 0: too large. */
 uint64_t shml_slot_capacity(uint64_t num_bytes);

@@ -8,7 +8,9 @@
  *
  * THE ORDER OF THE LOOPS is records outside, ops inside: a record's head and its small fields then lie in one or
  * two cache lines that are fetched once, and those of the record PREFETCH_RECORDS further on are asked for in
- * the meantime. bench_gather.c in native_tests measures it. */
+ * the meantime. bench_gather.c in native_tests measures it.
+ *
+ * (Over the length that a file should have: reading records and filling places share each static function here.) */
 #include <stdbool.h>
 #include <string.h>
 
@@ -312,6 +314,7 @@ static int copy_field(const plan_t *plan, const record_t *record, const shml_fie
     uint64_t first;
     if (!shape_agrees(plan, field, &first))
         return SHML_E_CORRUPT;
+    /* Not by non-temporal stores: tried with a reader of the batch, as pinning is, and they gained nothing. */
     if (field->num_bytes > 0)
         memcpy(out, record->at + field->offset, field->num_bytes);
     pad_tail(plan, out + field->num_bytes, plan->place_bytes - field->num_bytes);

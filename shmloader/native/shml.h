@@ -355,8 +355,8 @@ int shml_batch_check(const void *at, uint64_t map_bytes);
 /* Enter this process as the owner (SHML_OWNER) or one of its workers; sets h->self. */
 int shml_batch_register(shml_bhandle_t *h, uint32_t role);
 void shml_batch_unregister(shml_bhandle_t *h);
-/* Worker: a slot of at least num_bytes, FREE -> FILLING(self): one of its own that is free, else one that a dead
- * worker left, else a new one while it has fewer than max_slots and the budget lasts (smaller free slots of
+/* Worker: a slot of at least num_bytes, FREE -> FILLING(self): one of its own that is free, else, while it has fewer
+ * than max_slots, one that a dead worker left, else a new one if the budget lasts (smaller free slots of
  * its own, or of the dead, are given back to make room). FULL: none; the batch goes inline. Never waits. */
 int shml_slot_acquire(shml_bhandle_t *h, uint64_t num_bytes, uint32_t max_slots, shml_slot_t *slot);
 int shml_slot_send(shml_bhandle_t *h, const shml_slot_t *slot);    /* FILLING(self) -> SENT(self) */

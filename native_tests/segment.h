@@ -1,0 +1,104 @@
+/* segment.h - a small segment of 24 records in 6 chunks, for the tests of the control memory.
+ *
+ * Control and ring lie in one piece of memory, so that a snapshot has both. Record `id` has record_bytes(id) bytes, all
+ * of them (uint8_t)(id + 1). Everything that is made here goes through the API; what a test wants otherwise it sets. */
+#ifndef SHML_TEST_SEGMENT_H
+#define SHML_TEST_SEGMENT_H
+
+#include "layout.h"
+#include "test.h"
+
+#define NUM_RECORDS 24u
+#define NUM_CHUNKS 6u
+#define ROWS 4u /* of a chunk */
+#define RING_BYTES UINT64_C(16384)
+
+static const uint8_t test_boot_id[16] = "a test's boot id";
+
+static shml_config_t small_config(void)
+{
+    shml_config_t config = {.ring_bytes = RING_BYTES, .resident_bytes = RING_BYTES, .num_records = NUM_RECORDS,
+                            .num_chunks = NUM_CHUNKS, .pid_namespace = 4026531836};
+    memcpy(config.boot_id, test_boot_id, sizeof config.boot_id);
+    return config;
+}
+
+TEST_UNUSED static uint64_t segment_bytes(void)
+{
+    shml_config_t config = small_config();
+    return shml_control_bytes(&config) + RING_BYTES;
+}
+
+/* `memory` is zeroed. Backed from the start, unless a test says otherwise. */
+TEST_UNUSED static void format_segment(void *memory, uint32_t is_sequential)
+{
+    uint64_t first_rows[NUM_CHUNKS];
+    uint32_t num_rows[NUM_CHUNKS];
+    shml_config_t config = small_config();
+    config.is_sequential = is_sequential;
+    for (uint32_t i = 0; i < NUM_CHUNKS; i++)
+        first_rows[i] = i * ROWS, num_rows[i] = ROWS;
+    CHECK_EQ(shml_control_format(memory, shml_control_bytes(&config), &config, first_rows, num_rows), SHML_OK);
+    ((shml_control_t *)memory)->backed_end = RING_BYTES;
+}
+
+TEST_UNUSED static shml_seg_t segment_of(void *memory, int self, const shml_env_t *env)
+{
+    shml_config_t config = small_config();
+    return (shml_seg_t){memory, (uint8_t *)memory + shml_control_bytes(&config), RING_BYTES, -1, self, env};
+}
+
+static uint64_t record_bytes(uint64_t id) { return 64 * (1 + id % 4); }
+
+static void write_record(const shml_seg_t *seg, const shml_ticket_t *ticket, uint64_t id)
+{
+    CHECK(ticket->num_bytes >= record_bytes(id) && ticket->offset <= RING_BYTES - ticket->num_bytes);
+    memset(seg->ring + ticket->offset, (int)(id + 1) & 0xff, ticket->num_bytes);
+}
+
+TEST_UNUSED static int put_record(shml_seg_t *seg, uint64_t id)
+{
+    shml_ticket_t ticket;
+    int rc = shml_reserve(seg, id, record_bytes(id), &ticket);
+    if (rc != SHML_OK)
+        return rc;
+    write_record(seg, &ticket, id);
+    return shml_commit(seg, &ticket, SHML_REF_READY);
+}
+
+TEST_UNUSED static shml_ref_t look(shml_seg_t *seg, uint64_t id)
+{
+    shml_ref_t ref;
+    uint32_t missing;
+    CHECK_EQ(shml_get_many(seg, &id, 1, 0, &ref, &missing), SHML_OK);
+    CHECK_EQ(missing, ref.status == SHML_REF_MISSING);
+    return ref;
+}
+
+/* Ready, and its bytes are those of `id`. */
+TEST_UNUSED static void check_record(shml_seg_t *seg, uint64_t id)
+{
+    shml_ref_t ref = look(seg, id);
+    if (ref.status != SHML_REF_READY)
+        test_fail(__FILE__, __LINE__, "record %llu has status %u", (unsigned long long)id, ref.status);
+    CHECK_EQ(ref.num_bytes, record_bytes(id));
+    for (uint64_t i = 0; i < ref.num_bytes; i++)
+        CHECK_EQ(seg->ring[ref.offset + i], (uint8_t)(id + 1));
+}
+
+TEST_UNUSED static void check_segment(shml_seg_t *seg)
+{
+    static uint8_t scratch[4096];
+    const char *what = "";
+    int rc = shml_check(seg, scratch, &what);
+    if (rc != SHML_OK)
+        test_fail(__FILE__, __LINE__, "shml_check: %d %s", rc, what);
+}
+
+TEST_UNUSED static shml_stats_t stats_of(shml_seg_t *seg)
+{
+    shml_stats_t stats;
+    CHECK_EQ(shml_get_stats(seg, &stats), SHML_OK);
+    return stats;
+}
+#endif

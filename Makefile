@@ -57,6 +57,7 @@ lint-python: venv
 	@echo "lint: ruff and mypy found nothing"
 
 lint-c: venv
+	@$(BIN)/clang-format --dry-run -Werror $(C_FILES) $(C_HEADERS) $(wildcard native_tests/*.[ch])
 	@include=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
 	for file in $(C_FILES); do \
 	    $(CC) -fsyntax-only -O1 $(WARNINGS) -DPy_LIMITED_API=0x030B0000 -isystem "$$include" "$$file"; \
@@ -66,8 +67,9 @@ lint-c: venv
 	fi
 	@echo "lint: the C compiler found nothing in $(words $(C_FILES)) files"
 
-format: venv ## let ruff reformat the Python files
+format: venv ## reformat Python (ruff) and C (clang-format)
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(C_FILES) $(C_HEADERS) $(wildcard native_tests/*.[ch])
 
 wheel: venv ## the wheel, into dist/
 	@rm -rf build dist

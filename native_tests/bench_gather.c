@@ -13,9 +13,9 @@
 
 #define RING_BYTES (UINT64_C(512) << 20)
 #define SLOT_BYTES (UINT64_C(48) << 20)
-#define NUM_SLOTS 3
-#define BATCH 64u
-#define ROUNDS 9
+#define NUM_SLOTS  3
+#define BATCH      64u
+#define ROUNDS     9
 
 static uint8_t *ring, *slots;
 static shml_ref_t *refs;

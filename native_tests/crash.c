@@ -9,9 +9,9 @@
 /* ACTOR is killed; FIRST and SECOND survive the first and the second kill; READER waits; OTHER lives and has
  * something reserved; DEAD died before. */
 enum { ACTOR, FIRST, SECOND, READER, OTHER, DEAD, NUM_CLIENTS };
-#define OTHERS_ID 23u
+#define OTHERS_ID    23u
 #define DEATHS(word) ((word) >> 8 & 0xff)
-#define STATE(word) ((word)&0xff)
+#define STATE(word)  ((word) & 0xff)
 
 static shml_seg_t segment(int self) { return segment_of(world()->memory, self, &snapshot_env); }
 
@@ -191,9 +191,9 @@ static void give_up_two(void)
     shml_seg_t seg = segment(ACTOR);
     CHECK_EQ(shml_reserve(&seg, 8, record_bytes(8), &low), SHML_OK);
     CHECK_EQ(shml_reserve(&seg, 9, record_bytes(9), &high), SHML_OK);
-    CHECK_EQ(shml_abort(&seg, &low), SHML_OK); /* a hole */
+    CHECK_EQ(shml_abort(&seg, &low), SHML_OK);  /* a hole */
     CHECK_EQ(shml_abort(&seg, &high), SHML_OK); /* free space */
-    CHECK_EQ(put_record(&seg, 10), SHML_OK); /* in a descriptor of the free list */
+    CHECK_EQ(put_record(&seg, 10), SHML_OK);    /* in a descriptor of the free list */
 }
 static void read_chunks(void)
 {

@@ -9,16 +9,19 @@
 #include "test.h"
 
 #define NUM_RECORDS 24u
-#define NUM_CHUNKS 6u
-#define ROWS 4u /* of a chunk */
-#define RING_BYTES UINT64_C(16384)
+#define NUM_CHUNKS  6u
+#define ROWS        4u /* of a chunk */
+#define RING_BYTES  UINT64_C(16384)
 
 static const uint8_t test_boot_id[16] = "a test's boot id";
 
 static shml_config_t small_config(void)
 {
-    shml_config_t config = {.ring_bytes = RING_BYTES, .resident_bytes = RING_BYTES, .num_records = NUM_RECORDS,
-                            .num_chunks = NUM_CHUNKS, .pid_namespace = 4026531836};
+    shml_config_t config = {.ring_bytes = RING_BYTES,
+                            .resident_bytes = RING_BYTES,
+                            .num_records = NUM_RECORDS,
+                            .num_chunks = NUM_CHUNKS,
+                            .pid_namespace = 4026531836};
     memcpy(config.boot_id, test_boot_id, sizeof config.boot_id);
     return config;
 }

@@ -21,15 +21,15 @@
 #include "layout.h"
 #include "test.h"
 
-#define SNAPSHOT_DEPTHS 3
+#define SNAPSHOT_DEPTHS    3
 #define SNAPSHOT_MAX_NAMES 256
 
 typedef struct world {
     uint8_t *memory;
-    int fd;          /* for those whose memory is a file's */
-    int is_held;     /* the mutex, by the one who acts here */
-    int owner_died;  /* the next to lock it gets EOWNERDEAD */
-    int is_repair;   /* the present holder got EOWNERDEAD */
+    int fd;         /* for those whose memory is a file's */
+    int is_held;    /* the mutex, by the one who acts here */
+    int owner_died; /* the next to lock it gets EOWNERDEAD */
+    int is_repair;  /* the present holder got EOWNERDEAD */
     uint8_t is_dead[SHML_MAX_CLIENTS];
 } world_t;
 
@@ -162,8 +162,14 @@ static uint64_t snapshot_starttime(void *ctx)
 }
 
 static const shml_env_t snapshot_env = {
-    .lock = snapshot_lock, .unlock = snapshot_unlock, .alive = snapshot_alive, .hold = snapshot_hold,
-    .now_ns = snapshot_now_ns, .wait = snapshot_wait, .wake = snapshot_wake, .pid = snapshot_pid,
+    .lock = snapshot_lock,
+    .unlock = snapshot_unlock,
+    .alive = snapshot_alive,
+    .hold = snapshot_hold,
+    .now_ns = snapshot_now_ns,
+    .wait = snapshot_wait,
+    .wake = snapshot_wake,
+    .pid = snapshot_pid,
     .starttime = snapshot_starttime,
 };
 

@@ -18,7 +18,7 @@
 #include <unistd.h>
 
 #define TEST_TIMEOUT_S 120
-#define TEST_UNUSED __attribute__((unused))
+#define TEST_UNUSED    __attribute__((unused))
 
 typedef struct test {
     const char *name;
@@ -41,7 +41,7 @@ TEST_UNUSED __attribute__((format(printf, 1, 2))) static void test_note(const ch
 }
 
 TEST_UNUSED __attribute__((noreturn, format(printf, 3, 4))) static void test_fail(const char *file, int line,
-                                                                                const char *format, ...)
+                                                                                  const char *format, ...)
 {
     va_list args;
     printf("%s:%d: %s: ", file, line, test_name);
@@ -55,25 +55,25 @@ TEST_UNUSED __attribute__((noreturn, format(printf, 3, 4))) static void test_fai
     longjmp(test_end, 1);
 }
 
-#define CHECK(condition)                                          \
-    do {                                                          \
-        if (!(condition))                                         \
-            test_fail(__FILE__, __LINE__, "not so: %s", #condition); \
+#define CHECK(condition)                                                                                               \
+    do {                                                                                                               \
+        if (!(condition))                                                                                              \
+            test_fail(__FILE__, __LINE__, "not so: %s", #condition);                                                   \
     } while (0)
 
 /* Integers of any kind. */
-#define CHECK_EQ(got, want)                                                                                   \
-    do {                                                                                                      \
-        long long got_ = (long long)(got), want_ = (long long)(want);                                         \
-        if (got_ != want_)                                                                                    \
-            test_fail(__FILE__, __LINE__, "%s is %lld, not %s = %lld", #got, got_, #want, want_);             \
+#define CHECK_EQ(got, want)                                                                                            \
+    do {                                                                                                               \
+        long long got_ = (long long)(got), want_ = (long long)(want);                                                  \
+        if (got_ != want_)                                                                                             \
+            test_fail(__FILE__, __LINE__, "%s is %lld, not %s = %lld", #got, got_, #want, want_);                      \
     } while (0)
 
-#define CHECK_TEXT(got, want)                                                                                 \
-    do {                                                                                                      \
-        const char *got_ = (got), *want_ = (want);                                                            \
-        if (strcmp(got_, want_) != 0)                                                                         \
-            test_fail(__FILE__, __LINE__, "%s is \"%s\", not \"%s\"", #got, got_, want_);                     \
+#define CHECK_TEXT(got, want)                                                                                          \
+    do {                                                                                                               \
+        const char *got_ = (got), *want_ = (want);                                                                     \
+        if (strcmp(got_, want_) != 0)                                                                                  \
+            test_fail(__FILE__, __LINE__, "%s is \"%s\", not \"%s\"", #got, got_, want_);                              \
     } while (0)
 
 static void test_alarm(int signal_number)
@@ -130,10 +130,10 @@ static int test_main(int argc, char **argv, const test_t *tests, size_t num_test
     printf("%s: %d passed, %d failed\n", program != NULL ? program + 1 : argv[0], passed, failed);
     return failed > 0 || passed == 0;
 }
-#define TEST_MAIN(...)                                                                       \
-    int main(int argc, char **argv)                                                          \
-    {                                                                                        \
-        static const test_t tests[] = {__VA_ARGS__};                                         \
-        return test_main(argc, argv, tests, sizeof tests / sizeof *tests);                   \
+#define TEST_MAIN(...)                                                                                                 \
+    int main(int argc, char **argv)                                                                                    \
+    {                                                                                                                  \
+        static const test_t tests[] = {__VA_ARGS__};                                                                   \
+        return test_main(argc, argv, tests, sizeof tests / sizeof *tests);                                             \
     }
 #endif

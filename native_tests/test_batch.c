@@ -11,9 +11,9 @@
 #include "snapshot.h"
 #include "test.h"
 
-#define KIB UINT64_C(1024)
-#define MIB (UINT64_C(1) << 20)
-#define MAP_BYTES (256 * MIB)
+#define KIB          UINT64_C(1024)
+#define MIB          (UINT64_C(1) << 20)
+#define MAP_BYTES    (256 * MIB)
 #define HEADER_BYTES ((sizeof(struct shml_batch) + 4095) / 4096 * 4096)
 
 /* The clients of most tests, by slot. */
@@ -342,7 +342,7 @@ static void what_a_dead_worker_left_is_free_for_others(void)
     CHECK_EQ(sent(D, &is_held), SHML_OK);
     CHECK_EQ(adopted(&is_held), SHML_OK);
     CHECK_EQ(dropped(D, &is_free), SHML_OK);
-    acquire(A, 32 * KIB); /* the rest of the budget */
+    acquire(A, 32 * KIB);                               /* the rest of the budget */
     CHECK_EQ(try_acquire(A, 32 * KIB, 9), SHML_E_FULL); /* D lives */
     world()->is_dead[D] = 1;
     uint32_t asked = snapshot.num_alive;
@@ -354,6 +354,28 @@ static void what_a_dead_worker_left_is_free_for_others(void)
     CHECK_EQ(sent(D, &filling), SHML_E_STALE);
     CHECK_EQ(released(&is_held), SHML_OK); /* then it is a dead worker's free one */
     acquire(B, 32 * KIB);
+    verify();
+}
+
+static void trimming_gives_back_what_nobody_uses(void)
+{
+    new_batch(640 * KIB);
+    shml_bhandle_t owner = handle(OWNER);
+    shml_slot_t held = acquire(A, 32 * KIB), is_free = acquire(A, 32 * KIB);
+    CHECK_EQ(sent(A, &held), SHML_OK);
+    CHECK_EQ(adopted(&held), SHML_OK);
+    CHECK_EQ(dropped(A, &is_free), SHML_OK);
+    shml_slot_t filling = acquire(A, 64 * KIB);
+    shml_slot_t of_the_dead = acquire(D, 32 * KIB);
+    CHECK_EQ(sent(D, &of_the_dead), SHML_OK);
+    CHECK_EQ(shml_batch_trim(&owner), 1); /* D lives: what it sent may yet be adopted */
+    world()->is_dead[D] = 1;
+    CHECK_EQ(shml_batch_trim(&owner), 1);
+    CHECK_EQ(adopted(&of_the_dead), SHML_E_STALE);
+    CHECK_EQ(shml_batch_trim(&owner), 0);
+    CHECK_EQ(sent(A, &filling), SHML_OK);
+    CHECK_EQ(released(&held), SHML_OK);
+    CHECK_EQ(shml_batch_trim(&owner), 1);
     verify();
 }
 
@@ -622,7 +644,7 @@ static void no_value_in_the_table_can_do_harm(void)
 /* ---------------------------------------------------------------------------------------------------- *
  * Kills at every failpoint, and pairs
  * ---------------------------------------------------------------------------------------------------- */
-#define UNIT (64 * KIB)
+#define UNIT   (64 * KIB)
 #define BUDGET (8 * UNIT)
 
 /* Bytes of slots that `who` must leave alone: held, of other living workers, or in use by itself. */
@@ -775,8 +797,8 @@ static void every_failpoint_was_passed(void)
  * Real processes, real kills
  * ---------------------------------------------------------------------------------------------------- */
 #define NUM_WORKERS 4
-#define NUM_KILLS 60
-#define MAX_HELD 6
+#define NUM_KILLS   60
+#define MAX_HELD    6
 
 typedef struct message {
     shml_slot_t slot;
@@ -924,10 +946,12 @@ TEST_MAIN(TEST(only_a_batch_ring_is_taken_for_one), TEST(a_slot_goes_round),
           TEST(capacities_are_rounded_so_that_sizes_share), TEST(large_slots_begin_at_huge_pages),
           TEST(max_slots_and_budget_bound_a_worker), TEST(growing_batches_give_small_slots_back),
           TEST(too_many_small_slots_make_way_for_one_that_fits), TEST(nothing_is_given_back_in_vain),
-          TEST(what_a_dead_worker_left_is_free_for_others), TEST(a_dead_workers_sent_slot_can_still_be_adopted),
-          TEST(what_a_worker_left_that_unregistered_is_free_for_others), TEST(smaller_ones_of_the_dead_make_room), TEST(a_slot_of_the_dead_that_lacks_memory_gets_it),
-          TEST(a_newcomer_inherits_a_clean_pool), TEST(places_of_dead_clients_are_given_again),
-          TEST(refused_memory_means_no_slot), TEST(freed_ranges_are_used_again_without_overlap),
-          TEST(a_frozen_holder_of_the_mutex_means_no_slot), TEST(a_dead_holder_is_repaired_after),
-          TEST(no_value_in_the_table_can_do_harm), TEST(a_kill_at_any_point_loses_nothing),
-          TEST(every_failpoint_was_passed), TEST(killed_workers_leave_nothing_broken))
+          TEST(what_a_dead_worker_left_is_free_for_others), TEST(trimming_gives_back_what_nobody_uses),
+          TEST(a_dead_workers_sent_slot_can_still_be_adopted),
+          TEST(what_a_worker_left_that_unregistered_is_free_for_others), TEST(smaller_ones_of_the_dead_make_room),
+          TEST(a_slot_of_the_dead_that_lacks_memory_gets_it), TEST(a_newcomer_inherits_a_clean_pool),
+          TEST(places_of_dead_clients_are_given_again), TEST(refused_memory_means_no_slot),
+          TEST(freed_ranges_are_used_again_without_overlap), TEST(a_frozen_holder_of_the_mutex_means_no_slot),
+          TEST(a_dead_holder_is_repaired_after), TEST(no_value_in_the_table_can_do_harm),
+          TEST(a_kill_at_any_point_loses_nothing), TEST(every_failpoint_was_passed),
+          TEST(killed_workers_leave_nothing_broken))

@@ -3,9 +3,9 @@
 #include "layout.h"
 #include "test.h"
 
-#define NUM_FIELDS 4 /* text int64 [L], image uint8 [3, 5, 7], label int64 [], wide 16-byte items [n] */
+#define NUM_FIELDS  4 /* text int64 [L], image uint8 [3, 5, 7], label int64 [], wide 16-byte items [n] */
 #define IMAGE_BYTES (3 * 5 * 7)
-#define HEAD_BYTES 192 /* 16 + 4 * 40, to the next 64 */
+#define HEAD_BYTES  192 /* 16 + 4 * 40, to the next 64 */
 
 typedef struct batch_of_records {
     uint8_t *ring;
@@ -295,11 +295,16 @@ static void a_record_of_a_bad_ref_is_not_read(void)
         uint32_t status;
         int want;
     } bad[] = {
-        {2048, 64, 0, SHML_E_CORRUPT},        {1024, 1088, 0, SHML_E_CORRUPT},
-        {UINT64_MAX, 64, 0, SHML_E_CORRUPT},  {64, UINT64_MAX, 0, SHML_E_CORRUPT},
-        {UINT64_MAX - 63, 128, 0, SHML_E_CORRUPT}, {8, 512, 0, SHML_E_CORRUPT},
-        {2048, 0, 0, SHML_E_CORRUPT},         {0, 0, 0, SHML_E_CORRUPT},
-        {0, 1024, SHML_REF_ERROR, SHML_E_INVAL}, {0, 1024, SHML_REF_MISSING, SHML_E_INVAL},
+        {2048, 64, 0, SHML_E_CORRUPT},
+        {1024, 1088, 0, SHML_E_CORRUPT},
+        {UINT64_MAX, 64, 0, SHML_E_CORRUPT},
+        {64, UINT64_MAX, 0, SHML_E_CORRUPT},
+        {UINT64_MAX - 63, 128, 0, SHML_E_CORRUPT},
+        {8, 512, 0, SHML_E_CORRUPT},
+        {2048, 0, 0, SHML_E_CORRUPT},
+        {0, 0, 0, SHML_E_CORRUPT},
+        {0, 1024, SHML_REF_ERROR, SHML_E_INVAL},
+        {0, 1024, SHML_REF_MISSING, SHML_E_INVAL},
     };
     new_out(&op, 2 * 5 * 8);
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
@@ -320,8 +325,11 @@ static void no_byte_of_a_head_can_do_harm(void)
     records_t r = make_records(3);
     uint8_t clean[HEAD_BYTES];
     uint32_t num_ok = 0, num_corrupt = 0;
-    shml_gather_t ops[6] = {text_op(), image_op(), {.op = SHML_COPY, .field = 2, .item_bytes = 8},
-                            {.op = SHML_MASK, .rank = 1, .dims = {5}}, image_op(),
+    shml_gather_t ops[6] = {text_op(),
+                            image_op(),
+                            {.op = SHML_COPY, .field = 2, .item_bytes = 8},
+                            {.op = SHML_MASK, .rank = 1, .dims = {5}},
+                            image_op(),
                             {.op = SHML_COPY, .field = 3, .item_bytes = 16, .rank = 1, .dims = {2}}};
     ops[4].op = SHML_NORMALIZE, ops[4].num_channels = 3;
     const uint64_t place_bytes[6] = {40, IMAGE_BYTES, 8, 40, IMAGE_BYTES * 4, 32};
@@ -368,8 +376,13 @@ static void normalize_of_any_length(void)
         put_field(ring, 0, 64, 2 * length, 2, (uint32_t[]){2, length});
         for (uint32_t k = 0; k < 2 * length; k++)
             ring[64 + k] = (uint8_t)(255 - k);
-        shml_gather_t op = {.op = SHML_NORMALIZE, .item_bytes = 1, .rank = 2, .dims = {2, length}, .num_channels = 2,
-                            .scale = {2, 4}, .shift = {1, -1}};
+        shml_gather_t op = {.op = SHML_NORMALIZE,
+                            .item_bytes = 1,
+                            .rank = 2,
+                            .dims = {2, length},
+                            .num_channels = 2,
+                            .scale = {2, 4},
+                            .shift = {1, -1}};
         float *out = new_out(&op, 2 * length * 4);
         shml_ref_t ref = {.num_bytes = ring_bytes};
         CHECK_EQ(shml_gather(ring, ring_bytes, &ref, 1, NULL, &op, 1), SHML_OK);

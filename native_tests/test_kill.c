@@ -9,14 +9,14 @@
 #include "layout.h"
 #include "test.h"
 
-#define NUM_RECORDS 600u
-#define ROWS 20u
-#define NUM_CHUNKS (NUM_RECORDS / ROWS)
-#define RING_BYTES (UINT64_C(4) << 20)
+#define NUM_RECORDS  600u
+#define ROWS         20u
+#define NUM_CHUNKS   (NUM_RECORDS / ROWS)
+#define RING_BYTES   (UINT64_C(4) << 20)
 #define NUM_SERVICES 3
-#define NUM_READERS 2
-#define MIN_ROUNDS 3
-#define SECONDS 4
+#define NUM_READERS  2
+#define MIN_ROUNDS   3
+#define SECONDS      4
 
 static shml_seg_t seg;
 
@@ -33,8 +33,8 @@ static void new_segment(void)
 {
     uint64_t first_rows[NUM_CHUNKS];
     uint32_t num_rows[NUM_CHUNKS];
-    shml_config_t config = {.ring_bytes = RING_BYTES, .resident_bytes = RING_BYTES, .num_records = NUM_RECORDS,
-                            .num_chunks = NUM_CHUNKS};
+    shml_config_t config = {
+        .ring_bytes = RING_BYTES, .resident_bytes = RING_BYTES, .num_records = NUM_RECORDS, .num_chunks = NUM_CHUNKS};
     uint64_t bytes = shml_control_bytes(&config);
     if (seg.control != NULL) {
         munmap(seg.control, bytes + RING_BYTES);

@@ -228,15 +228,15 @@ static void back_takes_what_is_asked_for(void)
     shml_memory_t memory;
     int fd = new_memfd(64 * MIB);
     new_root("");
-    CHECK_EQ(shml_back(fd, 4096, 5 * MIB + 4096, 0, root, &memory), SHML_OK);
+    CHECK_EQ(shml_back(fd, 4096, 5 * MIB + 4096, NULL, 0, root, &memory), SHML_OK);
     CHECK_EQ(backed(fd), 5 * MIB);
-    CHECK_EQ(shml_back(fd, 4096, 5 * MIB + 4096, 0, root, &memory), SHML_OK); /* again: the same */
+    CHECK_EQ(shml_back(fd, 4096, 5 * MIB + 4096, NULL, 0, root, &memory), SHML_OK); /* again: the same */
     CHECK_EQ(backed(fd), 5 * MIB);
-    CHECK_EQ(shml_back(fd, 4096, 4096, 0, root, &memory), SHML_OK);
-    CHECK_EQ(shml_back(fd, 4096, 0, 0, root, &memory), SHML_E_INVAL);
-    CHECK_EQ(shml_back(fd, 0, UINT64_MAX, 0, root, &memory), SHML_E_INVAL);
+    CHECK_EQ(shml_back(fd, 4096, 4096, NULL, 0, root, &memory), SHML_OK);
+    CHECK_EQ(shml_back(fd, 4096, 0, NULL, 0, root, &memory), SHML_E_INVAL);
+    CHECK_EQ(shml_back(fd, 0, UINT64_MAX, NULL, 0, root, &memory), SHML_E_INVAL);
     close(fd);
-    CHECK_EQ(shml_back(fd, 0, 4096, 0, root, &memory), SHML_E_SYS);
+    CHECK_EQ(shml_back(fd, 0, 4096, NULL, 0, root, &memory), SHML_E_SYS);
     CHECK_EQ(errno, EBADF);
     remove_root();
 }
@@ -248,11 +248,11 @@ static void back_leaves_the_spare(void)
     new_root("0::/a\n");
     put_bytes("/sys/fs/cgroup/a/memory.max", 64 * MIB);
     put_bytes("/sys/fs/cgroup/a/memory.current", 32 * MIB);
-    CHECK_EQ(shml_back(fd, 0, 16 * MIB + 1, 16 * MIB, root, &memory), SHML_E_MEMORY);
-    CHECK_EQ(shml_back(fd, 0, 4096, UINT64_MAX, root, &memory), SHML_E_MEMORY);
+    CHECK_EQ(shml_back(fd, 0, 16 * MIB + 1, NULL, 16 * MIB, root, &memory), SHML_E_MEMORY);
+    CHECK_EQ(shml_back(fd, 0, 4096, NULL, UINT64_MAX, root, &memory), SHML_E_MEMORY);
     CHECK_TEXT(memory.limited_by, "/sys/fs/cgroup/a");
     CHECK_EQ(backed(fd), 0);
-    CHECK_EQ(shml_back(fd, 0, 16 * MIB, 16 * MIB, root, &memory), SHML_OK);
+    CHECK_EQ(shml_back(fd, 0, 16 * MIB, NULL, 16 * MIB, root, &memory), SHML_OK);
     close(fd);
     remove_root();
 }
@@ -276,7 +276,7 @@ static void back_gets_done_under_a_storm_of_signals(void)
     struct sigaction real = {.sa_handler = count_signal};
     sigaction(SIGPROF, &real, NULL);
     setitimer(ITIMER_PROF, &often, NULL); /* counts system time: hits inside of fallocate */
-    CHECK_EQ(shml_back(fd, 0, 128 * MIB, 0, root, &memory), SHML_OK);
+    CHECK_EQ(shml_back(fd, 0, 128 * MIB, NULL, 0, root, &memory), SHML_OK);
     setitimer(ITIMER_VIRTUAL, &never, NULL);
     setitimer(ITIMER_PROF, &never, NULL);
     CHECK_EQ(backed(fd), 128 * MIB);
@@ -284,35 +284,23 @@ static void back_gets_done_under_a_storm_of_signals(void)
     remove_root();
 }
 
-static void collapse_never_fails(void)
-{
-    int fd = new_memfd(16 * MIB);
-    uint8_t *at = mmap(NULL, 16 * MIB, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    CHECK(at != MAP_FAILED);
-    errno = 7;
-    CHECK_EQ(shml_collapse(at, 0), 0);
-    CHECK_EQ(shml_collapse(at, 4096), 0);
-    CHECK_EQ(shml_collapse(at + 4096, 2 * MIB), 0);
-    CHECK(shml_collapse(at, 16 * MIB) <= 16 * MIB); /* nothing backed, perhaps not aligned alike */
-    CHECK_EQ(errno, 7);
-    munmap(at, 16 * MIB);
-    close(fd);
-}
-
-static void collapse_of_a_backed_aligned_mapping(void)
+static void backing_a_mapping_keeps_what_is_there_and_zeroes_the_rest(void)
 {
     shml_memory_t memory;
     int fd = new_memfd(16 * MIB);
     new_root("");
     uint8_t *at = shml_map(fd, 16 * MIB, 1, "test");
     CHECK(at != NULL && (uintptr_t)at % SHML_HUGE_BYTES == 0);
-    CHECK_EQ(shml_back(fd, 0, 16 * MIB, 0, root, &memory), SHML_OK);
-    for (uint64_t i = 0; i < 16 * MIB; i += 4096)
-        at[i] = (uint8_t)(i >> 12);
-    uint64_t collapsed = shml_collapse(at + 4096, 16 * MIB - 4096);
-    CHECK(collapsed % SHML_HUGE_BYTES == 0 && collapsed <= 14 * MIB); /* 14 MiB from Linux 6.1 on */
-    for (uint64_t i = 0; i < 16 * MIB; i += 4096)
-        CHECK_EQ(at[i], (uint8_t)(i >> 12));
+    CHECK_EQ(shml_back(fd, 0, 6 * MIB, at, 0, root, &memory), SHML_OK);
+    for (uint64_t i = 0; i < 6 * MIB; i += 4096)
+        at[i] = (uint8_t)(1 + (i >> 12) % 255);
+    /* From the middle of a huge page to the middle of another, over what is backed already. */
+    CHECK_EQ(shml_back(fd, 5 * MIB, 13 * MIB + 4096, at + 5 * MIB, 0, root, &memory), SHML_OK);
+    for (uint64_t i = 0; i < 13 * MIB; i += 4096)
+        CHECK_EQ(at[i], i < 6 * MIB ? (uint8_t)(1 + (i >> 12) % 255) : 0);
+    struct stat status;
+    CHECK_EQ(fstat(fd, &status), 0);
+    CHECK((uint64_t)status.st_blocks * 512 >= 13 * MIB + 4096);
     shml_unmap(at, 16 * MIB);
     close(fd);
     remove_root();
@@ -332,8 +320,8 @@ static void new_segment(uint64_t ring_bytes)
     CHECK(control != MAP_FAILED);
     CHECK_EQ(shml_control_format(control, bytes, &config, NULL, NULL), SHML_OK);
     ring_fd = new_memfd(ring_bytes);
-    seg = (shml_seg_t){.control = control, .ring_bytes = ring_bytes, .lock_fd = ring_fd, .self = -1,
-                       .env = &shml_env_linux};
+    seg = (shml_seg_t){
+        .control = control, .ring_bytes = ring_bytes, .lock_fd = ring_fd, .self = -1, .env = &shml_env_linux};
     seg.ring = shml_map(ring_fd, ring_bytes, 1, "ring");
     CHECK(seg.ring != NULL);
 }
@@ -456,7 +444,7 @@ TEST_MAIN(TEST(without_cgroups_the_machine_is_the_limit), TEST(without_proc_ther
           TEST(v1_limit_and_that_of_hidden_ancestors), TEST(hybrid_reads_both_versions),
           TEST(in_a_container_the_mount_is_the_own_cgroup), TEST(damaged_files_limit_nothing),
           TEST(a_long_path_keeps_its_end), TEST(back_takes_what_is_asked_for), TEST(back_leaves_the_spare),
-          TEST(back_gets_done_under_a_storm_of_signals), TEST(collapse_never_fails),
-          TEST(collapse_of_a_backed_aligned_mapping), TEST(the_ring_grows_by_extents),
+          TEST(back_gets_done_under_a_storm_of_signals),
+          TEST(backing_a_mapping_keeps_what_is_there_and_zeroes_the_rest), TEST(the_ring_grows_by_extents),
           TEST(little_memory_backs_what_is_needed_then_freezes), TEST(two_clients_grow_the_ring_at_once),
           TEST(who_is_refused_uses_what_another_got), TEST(spare_is_a_share_with_a_most))

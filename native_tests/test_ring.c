@@ -52,10 +52,21 @@ static void only_a_whole_segment_of_this_kind_is_attached(void)
     CHECK_EQ(check_control(16), SHML_E_LAYOUT);
     CHECK_EQ(shml_control_check(c, bytes, (const uint8_t *)"another boot's id", config.pid_namespace), SHML_E_LAYOUT);
     CHECK_EQ(shml_control_check(c, bytes, test_boot_id, 1), SHML_E_NAMESPACE);
-    uint32_t *words[] = {&c->version, &c->abi, &c->max_clients, &c->num_chunks, &c->num_descs, &c->num_buckets,
-                         (uint32_t *)&c->magic, (uint32_t *)&c->control_bytes, (uint32_t *)&c->clients_at,
-                         (uint32_t *)&c->wants_at, (uint32_t *)&c->texts_at, (uint32_t *)&c->chunks_at,
-                         (uint32_t *)&c->descs_at, (uint32_t *)&c->buckets_at, (uint32_t *)&c->resident_bytes + 1};
+    uint32_t *words[] = {&c->version,
+                         &c->abi,
+                         &c->max_clients,
+                         &c->num_chunks,
+                         &c->num_descs,
+                         &c->num_buckets,
+                         (uint32_t *)&c->magic,
+                         (uint32_t *)&c->control_bytes,
+                         (uint32_t *)&c->clients_at,
+                         (uint32_t *)&c->wants_at,
+                         (uint32_t *)&c->texts_at,
+                         (uint32_t *)&c->chunks_at,
+                         (uint32_t *)&c->descs_at,
+                         (uint32_t *)&c->buckets_at,
+                         (uint32_t *)&c->resident_bytes + 1};
     for (size_t i = 0; i < sizeof words / sizeof *words; i++) {
         test_note("field %zu", i);
         ++*words[i];
@@ -141,8 +152,13 @@ static void ids_that_collide_are_told_apart(void)
 {
     new_segment();
     shml_seg_t seg = segment(0);
-    const uint64_t ids[] = {3, 3 + NUM_RECORDS, 3 + 2 * NUM_RECORDS, UINT64_C(1) << 40, UINT64_MAX - 1,
-                            SHML_CHUNK_ERROR, SHML_CHUNK_ERROR | 3};
+    const uint64_t ids[] = {3,
+                            3 + NUM_RECORDS,
+                            3 + 2 * NUM_RECORDS,
+                            UINT64_C(1) << 40,
+                            UINT64_MAX - 1,
+                            SHML_CHUNK_ERROR,
+                            SHML_CHUNK_ERROR | 3};
     const size_t n = sizeof ids / sizeof *ids;
     shml_ticket_t tickets[7];
     for (size_t i = 0; i < n; i++) {
@@ -441,6 +457,31 @@ static void three_deaths_set_a_chunk_aside(void)
     CHECK_EQ(claim(0), 1);
 }
 
+static void leaving_with_a_chunk_is_no_death(void)
+{
+    new_segment();
+    shml_seg_t service = segment(-1);
+    CHECK_EQ(shml_client_register(&service, SHML_SERVICE, -1, 0), SHML_OK);
+    CHECK_EQ(claim(service.self), 0);
+    shml_client_unregister(&service);
+    CHECK_EQ(chunk_word(0) & 0xff, SHML_CHUNK_TODO);
+    CHECK_EQ(chunk_word(0) >> 8 & 0xff, 0);
+}
+
+static void going_down_with_the_supervisor_is_no_death_of_its_own(void)
+{
+    new_segment();
+    shml_seg_t reader = segment(2), supervisor = segment(-1), service = segment(-1);
+    CHECK_EQ(shml_client_register(&supervisor, SHML_SERVICE, -1, 0), SHML_OK);
+    uint32_t gen = shml_client_gen(&supervisor, supervisor.self);
+    CHECK_EQ(shml_client_register(&service, SHML_SERVICE, supervisor.self, gen), SHML_OK);
+    CHECK_EQ(claim(service.self), 0);
+    world()->is_dead[supervisor.self] = world()->is_dead[service.self] = 1;
+    CHECK_EQ(shml_reap(&reader, 1), 2);
+    CHECK_EQ(chunk_word(0) & 0xff, SHML_CHUNK_TODO);
+    CHECK_EQ(chunk_word(0) >> 8 & 0xff, 0);
+}
+
 /* ---------------------------------------------------------------------------------------------------- *
  * Clients
  * ---------------------------------------------------------------------------------------------------- */
@@ -624,7 +665,9 @@ static void a_model_agrees(void)
             shml_seg_t seg = segment(client);
             test_note("round %d, step %d", round, step);
             switch (test_random(&seed) % 8) {
-            case 0: case 1: case 2: {
+            case 0:
+            case 1:
+            case 2: {
                 shml_ticket_t ticket;
                 int rc = shml_reserve(&seg, id, record_bytes(id), &ticket);
                 CHECK_EQ(rc, model[id] == NONE ? SHML_OK : SHML_E_EXISTS);
@@ -634,7 +677,8 @@ static void a_model_agrees(void)
                 }
                 break;
             }
-            case 3: case 4:
+            case 3:
+            case 4:
                 if (model[id] == RESERVED) {
                     CHECK_EQ(shml_commit(&seg, &tickets[id], SHML_REF_READY),
                              owner[id] == client ? SHML_OK : SHML_E_STALE);
@@ -679,9 +723,9 @@ TEST_MAIN(TEST(only_a_whole_segment_of_this_kind_is_attached), TEST(impossible_c
           TEST(a_ring_without_memory_asks_for_it), TEST(reads_are_counted_by_record),
           TEST(the_last_want_wakes_the_reader), TEST(wants_are_found_by_range), TEST(more_wants_than_there_is_room_for),
           TEST(chunks_go_by_waiting_rows_then_in_order), TEST(rows_that_nobody_waits_for_any_more_do_not_count),
-          TEST(a_sequential_source_is_read_in_order_by_one),
-          TEST(only_its_claimant_finishes_a_chunk), TEST(a_broken_chunk_wakes_who_waits_for_it),
-          TEST(three_deaths_set_a_chunk_aside), TEST(the_dead_are_cleaned_up_after_once),
-          TEST(reaping_is_rate_limited_among_all), TEST(a_full_table_of_clients_buries_its_dead),
-          TEST(who_leaves_gives_back_what_it_had), TEST(the_first_text_wins), TEST(stats_add_up),
-          TEST(damage_poisons_the_segment), TEST(a_model_agrees))
+          TEST(a_sequential_source_is_read_in_order_by_one), TEST(only_its_claimant_finishes_a_chunk),
+          TEST(a_broken_chunk_wakes_who_waits_for_it), TEST(three_deaths_set_a_chunk_aside),
+          TEST(leaving_with_a_chunk_is_no_death), TEST(going_down_with_the_supervisor_is_no_death_of_its_own),
+          TEST(the_dead_are_cleaned_up_after_once), TEST(reaping_is_rate_limited_among_all),
+          TEST(a_full_table_of_clients_buries_its_dead), TEST(who_leaves_gives_back_what_it_had),
+          TEST(the_first_text_wins), TEST(stats_add_up), TEST(damage_poisons_the_segment), TEST(a_model_agrees))

@@ -29,8 +29,9 @@ static PyObject *raise_status(int status, const char *what)
         const char *type, *text;
     } table[] = {
         {SHML_E_INVAL, NULL, "an argument is out of its range"},
-        {SHML_E_POISONED, "PoisonedError", "the shared state is damaged (a process died in a way that cannot be "
-                                           "repaired, or memory was overwritten); build the dataset again"},
+        {SHML_E_POISONED, "PoisonedError",
+         "the shared state is damaged (a process died in a way that cannot be "
+         "repaired, or memory was overwritten); build the dataset again"},
         {SHML_E_LAYOUT, "RingError", "not a segment of this version of shmloader, or not yet complete"},
         {SHML_E_TIMEOUT, "RingError", "the mutex was not had in 30 s: its holder is stopped or frozen"},
         {SHML_E_CLIENTS, "RingError", "256 processes are attached already; end some or use fewer workers"},
@@ -46,8 +47,8 @@ static PyObject *raise_status(int status, const char *what)
     for (size_t i = 0; i < sizeof table / sizeof *table; i++) {
         if (table[i].status != status)
             continue;
-        PyObject *type = table[i].type == NULL ? Py_NewRef(PyExc_ValueError)
-                                               : PyObject_GetAttrString(errors_module, table[i].type);
+        PyObject *type =
+            table[i].type == NULL ? Py_NewRef(PyExc_ValueError) : PyObject_GetAttrString(errors_module, table[i].type);
         if (type != NULL) {
             PyErr_Format(type, "%s: %s", what, table[i].text);
             Py_DECREF(type);
@@ -70,8 +71,7 @@ static PyObject *status_or_raise(int status, const char *what)
 /* ------------------------------------------------ Mapping ---------------------------------------------- */
 
 typedef struct {
-    PyObject_HEAD
-    uint8_t *at;
+    PyObject_HEAD uint8_t *at;
     uint64_t num_bytes;
     uint64_t forks;
     int writable;
@@ -95,10 +95,9 @@ static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     self->forks = shml_forks();
     self->num_bytes = num_bytes;
     self->writable = writable;
-    Py_BEGIN_ALLOW_THREADS
-    self->at = shml_map(fd, num_bytes, writable, name);
-    Py_END_ALLOW_THREADS
-    if (self->at == NULL) {
+    Py_BEGIN_ALLOW_THREADS self->at = shml_map(fd, num_bytes, writable, name);
+    Py_END_ALLOW_THREADS if (self->at == NULL)
+    {
         Py_DECREF(self);
         return PyErr_SetFromErrno(PyExc_OSError);
     }
@@ -115,8 +114,7 @@ static void mapping_dealloc(Mapping *self)
 }
 
 typedef struct {
-    PyObject_HEAD
-    PyObject *mapping, *guard;
+    PyObject_HEAD PyObject *mapping, *guard;
     uint8_t *at;
     Py_ssize_t num_bytes;
     int readonly;
@@ -152,19 +150,6 @@ static PyObject *mapping_holds(Mapping *self, PyObject *arg)
     return PyBool_FromLong(address - (uintptr_t)self->at < self->num_bytes);
 }
 
-static PyObject *mapping_collapse(Mapping *self, PyObject *args)
-{
-    unsigned long long offset, num_bytes, done;
-    if (!PyArg_ParseTuple(args, "KK", &offset, &num_bytes))
-        return NULL;
-    if (offset > self->num_bytes || num_bytes > self->num_bytes - offset)
-        return raise_status(SHML_E_INVAL, "collapse");
-    Py_BEGIN_ALLOW_THREADS
-    done = shml_collapse(self->at + offset, num_bytes);
-    Py_END_ALLOW_THREADS
-    return PyLong_FromUnsignedLongLong(done);
-}
-
 static PyObject *mapping_get_is_home(Mapping *self, void *closure)
 {
     (void)closure;
@@ -180,8 +165,6 @@ static PyMethodDef mapping_methods[] = {
     {"view", (PyCFunction)mapping_view, METH_VARARGS,
      "view(offset, num_bytes, guard=None, readonly=False): an exporter of these bytes that keeps the mapping and guard."},
     {"holds", (PyCFunction)mapping_holds, METH_O, "holds(address): whether it lies in the mapping."},
-    {"collapse", (PyCFunction)mapping_collapse, METH_VARARGS,
-     "collapse(offset, num_bytes): try to use huge pages; returns the bytes for which it worked."},
     {NULL, NULL, 0, NULL},
 };
 static PyGetSetDef mapping_getset[] = {
@@ -228,8 +211,7 @@ static PyType_Spec view_spec = {"shmloader._native.View", sizeof(View), 0,
 /* ------------------------------------------------ Segment ---------------------------------------------- */
 
 typedef struct {
-    PyObject_HEAD
-    Mapping *control, *ring;
+    PyObject_HEAD Mapping *control, *ring;
     shml_seg_t seg;
 } Segment;
 
@@ -240,8 +222,8 @@ static PyObject *segment_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     int lock_fd;
     Py_buffer boot_id;
     unsigned long long pid_namespace;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!iy*K", names, mapping_type, &control, mapping_type, &ring, &lock_fd,
-                                     &boot_id, &pid_namespace))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!iy*K", names, mapping_type, &control, mapping_type, &ring,
+                                     &lock_fd, &boot_id, &pid_namespace))
         return NULL;
     Mapping *c = (Mapping *)control, *r = (Mapping *)ring;
     int status = boot_id.len != 16 || !c->writable
@@ -284,9 +266,9 @@ static int usable(const Segment *self)
     return 0;
 }
 
-#define CALL(expression)                       \
-    int status;                                \
-    Py_BEGIN_ALLOW_THREADS status = (expression); \
+#define CALL(expression)                                                                                               \
+    int status;                                                                                                        \
+    Py_BEGIN_ALLOW_THREADS status = (expression);                                                                      \
     Py_END_ALLOW_THREADS
 
 static PyObject *segment_register(Segment *self, PyObject *args)
@@ -305,8 +287,7 @@ static PyObject *segment_unregister(Segment *self, PyObject *unused)
 {
     (void)unused;
     if (in_home(self->control)) {
-        Py_BEGIN_ALLOW_THREADS
-        shml_client_unregister(&self->seg);
+        Py_BEGIN_ALLOW_THREADS shml_client_unregister(&self->seg);
         Py_END_ALLOW_THREADS
     }
     Py_RETURN_NONE;
@@ -380,7 +361,8 @@ static PyObject *segment_get_many(Segment *self, PyObject *args)
         return NULL;
     PyObject *refs = NULL;
     uint32_t num_missing = 0, n = (uint32_t)(ids.len / 8);
-    if (usable(self) && (refs = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n * (Py_ssize_t)sizeof(shml_ref_t))) != NULL) {
+    if (usable(self) &&
+        (refs = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n * (Py_ssize_t)sizeof(shml_ref_t))) != NULL) {
         shml_ref_t *out = (shml_ref_t *)PyBytes_AsString(refs);
         CALL(shml_get_many(&self->seg, ids.buf, n, post, out, &num_missing));
         if (status != SHML_OK) {
@@ -403,11 +385,8 @@ static PyObject *segment_wait(Segment *self, PyObject *args)
     unsigned int seen, timeout_ms;
     if (!PyArg_ParseTuple(args, "II", &seen, &timeout_ms) || !usable(self))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    shml_wait(&self->seg, seen, timeout_ms);
-    Py_END_ALLOW_THREADS
-    if (PyErr_CheckSignals() != 0)
-        return NULL;
+    Py_BEGIN_ALLOW_THREADS shml_wait(&self->seg, seen, timeout_ms);
+    Py_END_ALLOW_THREADS if (PyErr_CheckSignals() != 0) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -422,11 +401,8 @@ static PyObject *segment_work_wait(Segment *self, PyObject *args)
     unsigned int seen, timeout_ms;
     if (!PyArg_ParseTuple(args, "II", &seen, &timeout_ms) || !usable(self))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    shml_work_wait(&self->seg, seen, timeout_ms);
-    Py_END_ALLOW_THREADS
-    if (PyErr_CheckSignals() != 0)
-        return NULL;
+    Py_BEGIN_ALLOW_THREADS shml_work_wait(&self->seg, seen, timeout_ms);
+    Py_END_ALLOW_THREADS if (PyErr_CheckSignals() != 0) return NULL;
     Py_RETURN_NONE;
 }
 
@@ -518,8 +494,7 @@ static PyObject *segment_text_put(Segment *self, PyObject *args)
         return NULL;
     int status = SHML_E_INVAL;
     if (usable(self)) {
-        Py_BEGIN_ALLOW_THREADS
-        status = shml_text_put(&self->seg, which, text.buf, (uint32_t)text.len);
+        Py_BEGIN_ALLOW_THREADS status = shml_text_put(&self->seg, which, text.buf, (uint32_t)text.len);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&text);
@@ -535,8 +510,9 @@ static PyObject *segment_text_get(Segment *self, PyObject *args)
     if (text == NULL)
         return PyErr_NoMemory();
     int n = shml_text_get(&self->seg, which, text);
-    PyObject *result = n == SHML_E_NOTFOUND ? Py_NewRef(Py_None) : n < 0 ? raise_status(n, "text_get")
-                                                                         : PyBytes_FromStringAndSize(text, n);
+    PyObject *result = n == SHML_E_NOTFOUND ? Py_NewRef(Py_None)
+                       : n < 0              ? raise_status(n, "text_get")
+                                            : PyBytes_FromStringAndSize(text, n);
     PyMem_Free(text);
     return result;
 }
@@ -564,13 +540,14 @@ static PyObject *segment_stats(Segment *self, PyObject *unused)
     CALL(shml_get_stats(&self->seg, &s));
     if (status != SHML_OK)
         return raise_status(status, "stats");
-    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsIsIsIsIsIsIsIsIsIsIsI}", "num_records", s.num_records, "ring_bytes", s.ring_bytes, "resident_bytes",
-                         s.resident_bytes, "backed_bytes", s.backed_bytes, "used_bytes", s.used_bytes, "num_ready",
-                         s.num_ready, "num_errors", s.num_errors, "num_reserved", s.num_reserved, "num_commits",
-                         s.num_commits, "progress", s.progress, "chunks_todo", s.chunks_todo, "chunks_claimed",
-                         s.chunks_claimed, "chunks_done", s.chunks_done, "chunks_broken", s.chunks_broken, "num_owners",
-                         s.num_owners, "num_workers", s.num_workers, "num_services", s.num_services, "num_reaped",
-                         s.num_reaped, "num_services_lost", s.num_services_lost, "num_rebuilds", s.num_rebuilds, "frozen", s.frozen);
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsIsIsIsIsIsIsIsIsIsIsI}", "num_records", s.num_records, "ring_bytes",
+                         s.ring_bytes, "resident_bytes", s.resident_bytes, "backed_bytes", s.backed_bytes, "used_bytes",
+                         s.used_bytes, "num_ready", s.num_ready, "num_errors", s.num_errors, "num_reserved",
+                         s.num_reserved, "num_commits", s.num_commits, "progress", s.progress, "chunks_todo",
+                         s.chunks_todo, "chunks_claimed", s.chunks_claimed, "chunks_done", s.chunks_done,
+                         "chunks_broken", s.chunks_broken, "num_owners", s.num_owners, "num_workers", s.num_workers,
+                         "num_services", s.num_services, "num_reaped", s.num_reaped, "num_services_lost",
+                         s.num_services_lost, "num_rebuilds", s.num_rebuilds, "frozen", s.frozen);
 }
 
 static PyObject *segment_progress(Segment *self, PyObject *unused)
@@ -664,8 +641,9 @@ static PyObject *segment_fields(Segment *self, PyObject *args)
         shml_field_t field;
         int status = shml_record_field(self->seg.ring + offset, num_bytes, i, &field);
         PyObject *item = status == SHML_E_NOTFOUND ? Py_NewRef(Py_None)
-                         : status != SHML_OK       ? raise_status(status, "fields")
-                                                   : Py_BuildValue("(KKN)", field.offset, field.num_bytes, dims_tuple(field.dims));
+                         : status != SHML_OK
+                             ? raise_status(status, "fields")
+                             : Py_BuildValue("(KKN)", field.offset, field.num_bytes, dims_tuple(field.dims));
         if (item == NULL || PyList_SetItem(list, (Py_ssize_t)i, item) != 0)
             Py_CLEAR(list);
     }
@@ -702,7 +680,8 @@ static int parse_op(PyObject *tuple, shml_gather_t *op, Py_buffer *out)
 {
     Py_buffer dims, pad, scale, shift;
     memset(op, 0, sizeof *op);
-    if (!PyArg_ParseTuple(tuple, "IIIy*y*y*y*w*", &op->op, &op->field, &op->item_bytes, &dims, &pad, &scale, &shift, out))
+    if (!PyArg_ParseTuple(tuple, "IIIy*y*y*y*w*", &op->op, &op->field, &op->item_bytes, &dims, &pad, &scale, &shift,
+                          out))
         return 0;
     int good = dims.len % 4 == 0 && dims.len <= (Py_ssize_t)sizeof op->dims && pad.len <= (Py_ssize_t)sizeof op->pad &&
                scale.len <= (Py_ssize_t)sizeof op->scale && scale.len == shift.len && scale.len % 4 == 0;
@@ -754,8 +733,8 @@ static PyObject *segment_gather(Segment *self, PyObject *args)
         parsed++;
     int status = SHML_OK;
     if (parsed == num_ops) {
-        Py_BEGIN_ALLOW_THREADS
-        status = shml_gather(self->seg.ring, self->seg.ring_bytes, refs, n, rows, ops, (uint32_t)num_ops);
+        Py_BEGIN_ALLOW_THREADS status =
+            shml_gather(self->seg.ring, self->seg.ring_bytes, refs, n, rows, ops, (uint32_t)num_ops);
         Py_END_ALLOW_THREADS
     }
     for (Py_ssize_t i = 0; i < parsed; i++)
@@ -795,8 +774,10 @@ static PyMethodDef segment_methods[] = {
     {"mutex_holder", (PyCFunction)segment_mutex_holder, METH_NOARGS, "Thread id of the mutex's holder, 0: free."},
     {"check", (PyCFunction)segment_check, METH_NOARGS, "The invariant that does not hold, or None."},
     {"count_reads", (PyCFunction)segment_count_reads, METH_O, "count_reads(refs) -> reads before this one, each"},
-    {"fields", (PyCFunction)segment_fields, METH_VARARGS, "fields(offset, num_bytes, num_fields) -> [(offset, bytes, dims)]"},
-    {"measure", (PyCFunction)segment_measure, METH_VARARGS, "measure(refs, num_fields) -> [(min_dims, max_dims, absent)]"},
+    {"fields", (PyCFunction)segment_fields, METH_VARARGS,
+     "fields(offset, num_bytes, num_fields) -> [(offset, bytes, dims)]"},
+    {"measure", (PyCFunction)segment_measure, METH_VARARGS,
+     "measure(refs, num_fields) -> [(min_dims, max_dims, absent)]"},
     {"gather", (PyCFunction)segment_gather, METH_VARARGS, "gather(refs, rows, ops): fill a batch"},
     {NULL, NULL, 0, NULL},
 };
@@ -812,8 +793,7 @@ static PyType_Spec segment_spec = {"shmloader._native.Segment", sizeof(Segment),
 /* ------------------------------------------------ BatchRing -------------------------------------------- */
 
 typedef struct {
-    PyObject_HEAD
-    Mapping *mapping;
+    PyObject_HEAD Mapping *mapping;
     shml_bhandle_t h;
 } BatchRing;
 
@@ -832,11 +812,8 @@ static PyObject *batch_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
     if (self == NULL)
         return NULL;
     self->mapping = (Mapping *)Py_NewRef(mapping);
-    self->h = (shml_bhandle_t){.batch = (shml_batch_t *)m->at,
-                               .map_bytes = m->num_bytes,
-                               .fd = fd,
-                               .self = -1,
-                               .env = &shml_env_linux};
+    self->h = (shml_bhandle_t){
+        .batch = (shml_batch_t *)m->at, .map_bytes = m->num_bytes, .fd = fd, .self = -1, .env = &shml_env_linux};
     return (PyObject *)self;
 }
 
@@ -929,6 +906,15 @@ static PyObject *batch_release(BatchRing *self, PyObject *tuple)
     return status_or_raise(shml_slot_release(&self->h, &slot), "release");
 }
 
+static PyObject *batch_trim(BatchRing *self, PyObject *unused)
+{
+    (void)unused;
+    if (!batch_usable(self))
+        return NULL;
+    CALL(shml_batch_trim(&self->h));
+    return status >= 0 ? PyLong_FromLong(status) : raise_status(status, "trim the batch ring");
+}
+
 static PyObject *batch_stats(BatchRing *self, PyObject *unused)
 {
     (void)unused;
@@ -940,7 +926,8 @@ static PyObject *batch_stats(BatchRing *self, PyObject *unused)
         return raise_status(status, "batch stats");
     return Py_BuildValue("{sKsKsIsIsIsIsIsKsK}", "budget_bytes", s.budget_bytes, "backed_bytes", s.backed_bytes,
                          "num_slots", s.num_slots, "num_free", s.num_free, "num_filling", s.num_filling, "num_sent",
-                         s.num_sent, "num_held", s.num_held, "num_acquired", s.num_acquired, "num_refused", s.num_refused);
+                         s.num_sent, "num_held", s.num_held, "num_acquired", s.num_acquired, "num_refused",
+                         s.num_refused);
 }
 
 static PyMethodDef batch_methods[] = {
@@ -950,6 +937,7 @@ static PyMethodDef batch_methods[] = {
     {"drop", (PyCFunction)batch_drop, METH_O, "drop(slot): free it unsent"},
     {"adopt", (PyCFunction)batch_adopt, METH_O, "adopt(slot) -> (held, total) of its worker, or STALE"},
     {"release", (PyCFunction)batch_release, METH_O, "release(slot): the last tensor over it died"},
+    {"trim", (PyCFunction)batch_trim, METH_NOARGS, "trim() -> slots whose memory was given back: free ones"},
     {"stats", (PyCFunction)batch_stats, METH_NOARGS, "All counters."},
     {NULL, NULL, 0, NULL},
 };
@@ -967,15 +955,16 @@ static PyType_Spec batch_spec = {"shmloader._native.BatchRing", sizeof(BatchRing
 static PyObject *format_control(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     (void)module;
-    static char *names[] = {"control", "ring_bytes", "resident_bytes", "num_records", "is_sequential", "first_rows",
-                            "num_rows", "uuid", "boot_id", "pid_namespace", NULL};
+    static char *names[] = {"control",    "ring_bytes", "resident_bytes", "num_records", "is_sequential",
+                            "first_rows", "num_rows",   "uuid",           "boot_id",     "pid_namespace",
+                            NULL};
     PyObject *mapping;
     unsigned long long ring_bytes, resident_bytes, num_records, pid_namespace;
     int is_sequential;
     Py_buffer first_rows, num_rows, uuid, boot_id;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKKpy*y*y*y*K", names, mapping_type, &mapping, &ring_bytes,
-                                     &resident_bytes, &num_records, &is_sequential, &first_rows, &num_rows, &uuid, &boot_id,
-                                     &pid_namespace))
+                                     &resident_bytes, &num_records, &is_sequential, &first_rows, &num_rows, &uuid,
+                                     &boot_id, &pid_namespace))
         return NULL;
     int status = SHML_E_INVAL;
     if (first_rows.len == 2 * num_rows.len && uuid.len == 16 && boot_id.len == 16) {
@@ -1098,14 +1087,32 @@ static int add_constants(PyObject *module)
         const char *name;
         long long value;
     } constants[] = {
-        {"NOTFOUND", SHML_E_NOTFOUND}, {"EXISTS", SHML_E_EXISTS}, {"FULL", SHML_E_FULL}, {"TOOBIG", SHML_E_TOOBIG},
-        {"EXTEND", SHML_E_EXTEND}, {"STALE", SHML_E_STALE}, {"MEMORY", SHML_E_MEMORY},
-        {"OWNER", SHML_OWNER}, {"WORKER", SHML_WORKER}, {"SERVICE", SHML_SERVICE},
-        {"READY", SHML_REF_READY}, {"ERROR", SHML_REF_ERROR}, {"MISSING", SHML_REF_MISSING}, {"BROKEN", SHML_REF_BROKEN},
-        {"TEXT_SCHEMA", SHML_TEXT_SCHEMA}, {"TEXT_FATAL", SHML_TEXT_FATAL}, {"TEXT_BYTES", SHML_TEXT_BYTES},
-        {"COPY", SHML_COPY}, {"NORMALIZE", SHML_NORMALIZE}, {"MASK", SHML_MASK}, {"PRESENT", SHML_PRESENT},
-        {"SOURCE", SHML_SOURCE}, {"REF_BYTES", sizeof(shml_ref_t)}, {"TICK_MS", SHML_TICK_MS},
-        {"MAX_ATTEMPTS", SHML_MAX_ATTEMPTS}, {"MAX_CLIENTS", SHML_MAX_CLIENTS},
+        {"NOTFOUND", SHML_E_NOTFOUND},
+        {"EXISTS", SHML_E_EXISTS},
+        {"FULL", SHML_E_FULL},
+        {"TOOBIG", SHML_E_TOOBIG},
+        {"EXTEND", SHML_E_EXTEND},
+        {"STALE", SHML_E_STALE},
+        {"MEMORY", SHML_E_MEMORY},
+        {"OWNER", SHML_OWNER},
+        {"WORKER", SHML_WORKER},
+        {"SERVICE", SHML_SERVICE},
+        {"READY", SHML_REF_READY},
+        {"ERROR", SHML_REF_ERROR},
+        {"MISSING", SHML_REF_MISSING},
+        {"BROKEN", SHML_REF_BROKEN},
+        {"TEXT_SCHEMA", SHML_TEXT_SCHEMA},
+        {"TEXT_FATAL", SHML_TEXT_FATAL},
+        {"TEXT_BYTES", SHML_TEXT_BYTES},
+        {"COPY", SHML_COPY},
+        {"NORMALIZE", SHML_NORMALIZE},
+        {"MASK", SHML_MASK},
+        {"PRESENT", SHML_PRESENT},
+        {"SOURCE", SHML_SOURCE},
+        {"REF_BYTES", sizeof(shml_ref_t)},
+        {"TICK_MS", SHML_TICK_MS},
+        {"MAX_ATTEMPTS", SHML_MAX_ATTEMPTS},
+        {"MAX_CLIENTS", SHML_MAX_CLIENTS},
     };
     for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) {
         PyObject *value = PyLong_FromLongLong(constants[i].value);
@@ -1122,7 +1129,15 @@ static int add_constants(PyObject *module)
 }
 
 static struct PyModuleDef module_def = {
-    PyModuleDef_HEAD_INIT, "_native", "The shared-memory core of shmloader.", -1, module_methods, NULL, NULL, NULL, NULL,
+    PyModuleDef_HEAD_INIT,
+    "_native",
+    "The shared-memory core of shmloader.",
+    -1,
+    module_methods,
+    NULL,
+    NULL,
+    NULL,
+    NULL,
 };
 
 PyMODINIT_FUNC PyInit__native(void)

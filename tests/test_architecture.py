@@ -23,7 +23,7 @@ RANKS = [
     {"tokens"},
     {"collate", "stats"},
     {"dataset"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 RANK = {name: i for i, names in enumerate(RANKS) for name in names}
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")

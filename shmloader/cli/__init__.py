@@ -7,9 +7,9 @@ to add one, list it in ``_COMMANDS``. What takes long to import is imported by `
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 from collections.abc import Sequence
 
+from shmloader import __version__
 from shmloader.cli import demo
 
 _COMMANDS = {"demo": demo}
@@ -24,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="shmloader",
         description="A shared-memory data loader for PyTorch: every sample is decoded once per node.",
     )
-    version = importlib.metadata.version("shmloader")
-    parser.add_argument("--version", action="version", version=f"shmloader {version}")
+    parser.add_argument("--version", action="version", version=f"shmloader {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for name, module in _COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.__doc__))

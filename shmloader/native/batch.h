@@ -52,11 +52,11 @@
 
 #include "layout.h"
 
-#define SHML_BATCH_MAGIC UINT64_C(0x31544142424d4853) /* "SHMBBAT1" */
+#define SHML_BATCH_MAGIC   UINT64_C(0x31544142424d4853) /* "SHMBBAT1" */
 #define SHML_BATCH_VERSION 1u
-#define SHML_MAX_SLOTS 1024u
+#define SHML_MAX_SLOTS     1024u
 /* From this size on a slot begins at and consists of huge pages. */
-#define SHML_HUGE_SLOT_BYTES (UINT64_C(1) << 20)
+#define SHML_HUGE_SLOT_BYTES  (UINT64_C(1) << 20)
 #define SHML_BATCH_PAGE_BYTES UINT64_C(4096)
 
 enum { SHML_SLOT_NONE = 0, SHML_SLOT_FREE = 1, SHML_SLOT_FILLING = 2, SHML_SLOT_SENT = 3, SHML_SLOT_HELD = 4 };

@@ -69,7 +69,7 @@ static int supervisor_lives(shml_seg_t *seg, const shml_client_t *client)
 }
 
 /* Undo what the client in `slot` had under way. It is dead, or this process and leaving. */
-static int clean_up(shml_seg_t *seg, uint32_t slot)
+static int clean_up(shml_seg_t *seg, uint32_t slot, int is_dead)
 {
     struct shml_control *c = seg->control;
     shml_client_t *client = &shml_clients(c)[slot];
@@ -83,7 +83,7 @@ static int clean_up(shml_seg_t *seg, uint32_t slot)
         }
     }
     /* A prefetcher that went down with its supervisor says nothing about the chunk it was reading. */
-    int is_own_death = client->owner < 0 || supervisor_lives(seg, client);
+    int is_own_death = is_dead && (client->owner < 0 || supervisor_lives(seg, client));
     shml_chunk_release(seg, slot, is_own_death);
     SHML_FP("client.clean.chunks");
     client->num_wants = 0;
@@ -98,7 +98,7 @@ void shml_client_unregister(shml_seg_t *seg)
     if (seg->self < 0)
         return;
     if (shml_lock(seg) == SHML_OK) {
-        clean_up(seg, (uint32_t)seg->self);
+        (void)clean_up(seg, (uint32_t)seg->self, 0); /* what it finds damaged poisons the segment */
         shml_unlock(seg);
     }
     seg->env->hold(seg->env->ctx, seg->lock_fd, (uint32_t)seg->self, 0);
@@ -134,11 +134,10 @@ int shml_reap(shml_seg_t *seg, int now)
             return status;
         if (client->state == SHML_CLIENT_ACTIVE && client->gen == gen &&
             !env->alive(env->ctx, seg->lock_fd, slot, client)) {
-            uint32_t role = client->role;
-            status = clean_up(seg, slot);
-            c->num_services_lost += role == SHML_SERVICE;
+            c->num_services_lost += client->role == SHML_SERVICE;
             c->num_reaped++;
             num_reaped++;
+            status = clean_up(seg, slot, 1);
         }
         shml_unlock(seg);
         if (status != SHML_OK)

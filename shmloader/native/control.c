@@ -16,10 +16,18 @@ void (*shml_failpoint)(const char *name) = NULL;
 static uint32_t abi_hash(void)
 {
     const uint64_t facts[] = {
-        sizeof(struct shml_control), sizeof(shml_desc_t),   sizeof(struct shml_client),
-        sizeof(shml_chunk_t),        sizeof(pthread_mutex_t), offsetof(struct shml_control, mutex),
-        offsetof(struct shml_control, backed_end), offsetof(struct shml_control, head),
-        offsetof(struct shml_control, progress), (uint64_t)sysconf(_SC_PAGESIZE), SHML_MAX_WANTS, SHML_TEXT_BYTES,
+        sizeof(struct shml_control),
+        sizeof(shml_desc_t),
+        sizeof(struct shml_client),
+        sizeof(shml_chunk_t),
+        sizeof(pthread_mutex_t),
+        offsetof(struct shml_control, mutex),
+        offsetof(struct shml_control, backed_end),
+        offsetof(struct shml_control, head),
+        offsetof(struct shml_control, progress),
+        (uint64_t)sysconf(_SC_PAGESIZE),
+        SHML_MAX_WANTS,
+        SHML_TEXT_BYTES,
     };
     uint64_t hash = UINT64_C(14695981039346656037); /* FNV-1a, 64 bit: isthe.com/chongo/tech/comp/fnv */
     for (size_t i = 0; i < sizeof facts / sizeof *facts; i++)
@@ -245,13 +253,27 @@ int shml_get_stats(shml_seg_t *seg, shml_stats_t *stats)
         return status;
     struct shml_control *c = seg->control;
     *stats = (shml_stats_t){
-        .ring_bytes = c->ring_bytes, .resident_bytes = c->resident_bytes, .backed_bytes = c->backed_end,
-        .used_bytes = c->used_bytes, .num_records = c->num_buckets, .num_ready = c->num_ready, .num_errors = c->num_errors,
-        .num_reserved = c->num_reserved, .num_commits = c->num_commits, .progress = c->progress,
-        .chunks_todo = c->chunks_todo, .chunks_claimed = c->chunks_claimed, .chunks_done = c->chunks_done,
-        .chunks_broken = c->chunks_broken, .num_reaped = c->num_reaped, .num_services_lost = c->num_services_lost, .num_rebuilds = c->num_rebuilds,
-        .state = c->state, .frozen = c->frozen,
-        .num_owners = shml_count_clients(seg, SHML_OWNER), .num_workers = shml_count_clients(seg, SHML_WORKER),
+        .ring_bytes = c->ring_bytes,
+        .resident_bytes = c->resident_bytes,
+        .backed_bytes = c->backed_end,
+        .used_bytes = c->used_bytes,
+        .num_records = c->num_buckets,
+        .num_ready = c->num_ready,
+        .num_errors = c->num_errors,
+        .num_reserved = c->num_reserved,
+        .num_commits = c->num_commits,
+        .progress = c->progress,
+        .chunks_todo = c->chunks_todo,
+        .chunks_claimed = c->chunks_claimed,
+        .chunks_done = c->chunks_done,
+        .chunks_broken = c->chunks_broken,
+        .num_reaped = c->num_reaped,
+        .num_services_lost = c->num_services_lost,
+        .num_rebuilds = c->num_rebuilds,
+        .state = c->state,
+        .frozen = c->frozen,
+        .num_owners = shml_count_clients(seg, SHML_OWNER),
+        .num_workers = shml_count_clients(seg, SHML_WORKER),
         .num_services = shml_count_clients(seg, SHML_SERVICE),
     };
     shml_unlock(seg);

@@ -9,10 +9,10 @@
 
 #ifdef SHML_FAILPOINTS
 extern void (*shml_failpoint)(const char *name);
-#define SHML_FP(name)                       \
-    do {                                    \
-        if (shml_failpoint != NULL)         \
-            shml_failpoint(name);           \
+#define SHML_FP(name)                                                                                                  \
+    do {                                                                                                               \
+        if (shml_failpoint != NULL)                                                                                    \
+            shml_failpoint(name);                                                                                      \
     } while (0)
 #else
 #define SHML_FP(name) ((void)0)

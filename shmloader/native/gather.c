@@ -20,7 +20,7 @@
 #define OPS_AT_ONCE 16u
 /* How far ahead to fetch, measured: beyond 2 nothing is gained, nor by more than three lines of each record. */
 #define PREFETCH_RECORDS 2u
-#define PATTERN_BYTES 64u
+#define PATTERN_BYTES    64u
 
 typedef struct plan { /* what an op needs that is the same for all records */
     const shml_gather_t *op;
@@ -192,7 +192,7 @@ static void normalize_any(float *restrict out, const uint8_t *restrict in, uint6
 /* Not target_clones: that needs ifunc, which musl lacks and which runs before ASan is ready. Without the fma target
  * the product is rounded on its own, so that every machine gives the same bits, and NumPy's. */
 __attribute__((target("avx2"))) static void normalize_avx2(float *restrict out, const uint8_t *restrict in, uint64_t n,
-                                                          float scale, float shift)
+                                                           float scale, float shift)
 {
     normalize_loop(out, in, n, scale, shift);
 }
@@ -267,26 +267,17 @@ static int make_plan(const shml_gather_t *op, uint64_t num_places, plan_t *plan)
     uint64_t bytes;
     plan->op = op;
     switch (op->op) {
-    case SHML_COPY:
-        rc = plan_copy(op, plan);
-        break;
-    case SHML_NORMALIZE:
-        rc = plan_normalize(op, plan);
-        break;
+    case SHML_COPY: rc = plan_copy(op, plan); break;
+    case SHML_NORMALIZE: rc = plan_normalize(op, plan); break;
     case SHML_MASK:
         if (op->rank == 0 || op->rank > SHML_MAX_RANK)
             return SHML_E_INVAL;
         plan->place_bytes = (uint64_t)op->dims[0] * sizeof(int64_t);
         make_pattern(plan, (const uint8_t *)&one, sizeof one);
         break;
-    case SHML_PRESENT:
-        plan->place_bytes = 1;
-        break;
-    case SHML_SOURCE:
-        plan->place_bytes = sizeof(int64_t);
-        break;
-    default:
-        return SHML_E_INVAL;
+    case SHML_PRESENT: plan->place_bytes = 1; break;
+    case SHML_SOURCE: plan->place_bytes = sizeof(int64_t); break;
+    default: return SHML_E_INVAL;
     }
     if (rc != SHML_OK)
         return rc;
@@ -359,9 +350,7 @@ static int fill_place(const plan_t *plan, const record_t *record, uint8_t *out)
     if (rc != SHML_OK && !is_absent)
         return rc;
     switch (op->op) {
-    case SHML_PRESENT:
-        *out = !is_absent;
-        return SHML_OK;
+    case SHML_PRESENT: *out = !is_absent; return SHML_OK;
     case SHML_MASK:
         if (!is_absent)
             return mask_field(plan, &field, out);

@@ -36,13 +36,13 @@
 
 #include "shml.h"
 
-#define SHML_MAGIC UINT64_C(0x314c44524c4d4853) /* "SHMLRDL1" */
-#define SHML_VERSION 1u
+#define SHML_MAGIC       UINT64_C(0x314c44524c4d4853) /* "SHMLRDL1" */
+#define SHML_VERSION     1u
 #define SHML_MAX_CLIENTS 256u
-#define SHML_MAX_WANTS 512u
-#define SHML_MAX_ORDERS 64u
-#define SHML_PIN_WORDS (SHML_MAX_CLIENTS / 64u)
-#define SHML_ALIGN 64u
+#define SHML_MAX_WANTS   512u
+#define SHML_MAX_ORDERS  64u
+#define SHML_PIN_WORDS   (SHML_MAX_CLIENTS / 64u)
+#define SHML_ALIGN       64u
 
 enum { SHML_SEG_READY = 1, SHML_SEG_POISONED = 3 };
 
@@ -86,12 +86,12 @@ typedef struct shml_desc {
     uint64_t offset;
     uint64_t num_bytes; /* multiple of SHML_ALIGN */
     _Atomic uint32_t state;
-    uint32_t gen;       /* +1 at every reservation: a ticket of an earlier one is stale */
-    uint32_t owner;     /* slot of the reserving client */
-    uint32_t next;      /* derived: index + 1 of the next in the bucket, the free or the hole list; 0 ends */
-    _Atomic uint32_t reads; /* any */
-    uint32_t order_slot;    /* reserved */
-    uint64_t order_position;/* reserved */
+    uint32_t gen;            /* +1 at every reservation: a ticket of an earlier one is stale */
+    uint32_t owner;          /* slot of the reserving client */
+    uint32_t next;           /* derived: index + 1 of the next in the bucket, the free or the hole list; 0 ends */
+    _Atomic uint32_t reads;  /* any */
+    uint32_t order_slot;     /* reserved */
+    uint64_t order_position; /* reserved */
 } shml_desc_t;
 _Static_assert(sizeof(shml_desc_t) == 64, "a descriptor is a cache line");
 
@@ -122,9 +122,9 @@ struct shml_control {
 
     /* The mutex, and what it needs to be repaired. */
     _Alignas(64) pthread_mutex_t mutex;
-    _Atomic uint32_t state;        /* SHML_SEG_*; any, only ever to POISONED */
-    _Atomic uint32_t dirty;        /* under the mutex: derived state may be wrong */
-    _Atomic uint32_t poison_line;  /* where it was poisoned, for the report */
+    _Atomic uint32_t state;       /* SHML_SEG_*; any, only ever to POISONED */
+    _Atomic uint32_t dirty;       /* under the mutex: derived state may be wrong */
+    _Atomic uint32_t poison_line; /* where it was poisoned, for the report */
 
     /* Truth under the mutex. */
     _Alignas(64) uint64_t backed_end; /* the ring has memory below this; only grows */
@@ -136,9 +136,9 @@ struct shml_control {
     _Alignas(64) uint64_t head; /* end of the highest record: the free space of the resident part begins here */
     uint64_t used_bytes;        /* of RESERVED, READY and ERROR */
     uint32_t num_ready, num_errors, num_reserved;
-    uint32_t desc_end;   /* no descriptor at or above this index was ever used */
-    uint32_t free_list;  /* FREE descriptors below desc_end; index + 1 */
-    uint32_t hole_list;  /* HOLE descriptors; index + 1 */
+    uint32_t desc_end;     /* no descriptor at or above this index was ever used */
+    uint32_t free_list;    /* FREE descriptors below desc_end; index + 1 */
+    uint32_t hole_list;    /* HOLE descriptors; index + 1 */
     uint32_t chunk_cursor; /* no chunk below this is TODO */
     uint32_t chunks_todo, chunks_claimed, chunks_done, chunks_broken;
 
@@ -155,7 +155,10 @@ static inline uint64_t *shml_wants(shml_control_t *c, uint32_t slot)
 {
     return (uint64_t *)((uint8_t *)c + c->wants_at) + (uint64_t)slot * SHML_MAX_WANTS;
 }
-static inline shml_shared_text_t *shml_texts(shml_control_t *c) { return (shml_shared_text_t *)((uint8_t *)c + c->texts_at); }
+static inline shml_shared_text_t *shml_texts(shml_control_t *c)
+{
+    return (shml_shared_text_t *)((uint8_t *)c + c->texts_at);
+}
 static inline shml_chunk_t *shml_chunks(shml_control_t *c) { return (shml_chunk_t *)((uint8_t *)c + c->chunks_at); }
 static inline shml_desc_t *shml_descs(shml_control_t *c) { return (shml_desc_t *)((uint8_t *)c + c->descs_at); }
 static inline uint32_t *shml_buckets(shml_control_t *c) { return (uint32_t *)((uint8_t *)c + c->buckets_at); }
@@ -174,19 +177,19 @@ static inline void shml_end_change(shml_control_t *c)
 }
 
 /* Internal functions that cross files. All of them but lock and unlock need the mutex. */
-int shml_lock(shml_seg_t *seg);    /* repairs after a dead owner; POISONED, TIMEOUT */
+int shml_lock(shml_seg_t *seg); /* repairs after a dead owner; POISONED, TIMEOUT */
 void shml_unlock(shml_seg_t *seg);
-int shml_poison(shml_seg_t *seg, uint32_t line); /* returns SHML_E_POISONED */
-int shml_mutex_init(pthread_mutex_t *mutex);     /* robust, process-shared */
-int shml_rebuild(shml_seg_t *seg);               /* all derived state from the truth */
+int shml_poison(shml_seg_t *seg, uint32_t line);                   /* returns SHML_E_POISONED */
+int shml_mutex_init(pthread_mutex_t *mutex);                       /* robust, process-shared */
+int shml_rebuild(shml_seg_t *seg);                                 /* all derived state from the truth */
 shml_desc_t *shml_find(shml_seg_t *seg, uint64_t id, int *status); /* NULL: not there, or *status < 0 */
 void shml_link(shml_control_t *c, uint32_t index);
 int shml_unlink(shml_control_t *c, uint32_t index);
 int shml_desc_hole(shml_seg_t *seg, uint32_t index); /* RESERVED -> HOLE or free space */
 /* The chunks of a claimant that is gone: to do again; with `is_own_death` one more death on their record. */
 void shml_chunk_release(shml_seg_t *seg, uint32_t slot, int is_own_death);
-int32_t shml_chunk_of(shml_control_t *c, uint64_t id);  /* -1: none */
-void shml_wants_met(shml_seg_t *seg, uint64_t id);      /* take `id` out of all want-lists, wake who has none left */
+int32_t shml_chunk_of(shml_control_t *c, uint64_t id); /* -1: none */
+void shml_wants_met(shml_seg_t *seg, uint64_t id);     /* take `id` out of all want-lists, wake who has none left */
 void shml_wants_wake(shml_seg_t *seg, uint64_t first, uint64_t n); /* wake who wants any of these */
 
 #define SHML_POISON(seg) shml_poison((seg), __LINE__)

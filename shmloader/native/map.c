@@ -39,8 +39,8 @@ static void in_child(void)
         uint64_t num_bytes = mappings[i].num_bytes;
         if (num_bytes == 0 || mappings[i].is_inherited)
             continue;
-        mmap((void *)mappings[i].at, num_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE,
-             -1, 0);
+        mmap((void *)mappings[i].at, num_bytes, PROT_NONE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
         mappings[i].is_inherited = 1;
     }
     mappings_mutex = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;

@@ -32,7 +32,7 @@
 #define FILE_BYTES 16384u
 /* fallocate starts again from nothing when a signal comes: pieces that take half a millisecond get done even under
  * a profiler's timer. */
-#define PIECE_BYTES SHML_HUGE_BYTES
+#define PIECE_BYTES     SHML_HUGE_BYTES
 #define SPARE_MAX_BYTES (UINT64_C(512) << 20)
 
 /* The names of the same things in the two versions. */
@@ -239,38 +239,41 @@ uint64_t shml_memory_spare(const shml_memory_t *memory)
 /* ---------------------------------------------------------------------------------------------------- *
  * Taking it
  * ---------------------------------------------------------------------------------------------------- */
-int shml_back(int fd, uint64_t from, uint64_t to, uint64_t spare_bytes, const char *root, shml_memory_t *memory)
+/* Back the whole 2 MiB pages of [from, to), mapped at `at`, with huge pages: one small page first, since the kernel
+ * makes no huge page of nothing, then the rest by collapsing. The other way round (all small pages, then the
+ * collapse, which copies them) takes 55 ms for 64 MiB where this takes 5 (measured). */
+static void back_huge(int fd, uint64_t from, uint64_t to, uint8_t *at)
+{
+    uint64_t skip = (0 - (uint64_t)(uintptr_t)at) % SHML_HUGE_BYTES;
+    if (to - from < skip)
+        return;
+    /* One page a call: a call that fails has said which page, and a signal interrupts only one. */
+    for (uint64_t page = from + skip; to - page >= SHML_HUGE_BYTES; page += SHML_HUGE_BYTES) {
+        if (fallocate(fd, 0, (off_t)page, 4096) != 0)
+            break;
+        if (madvise(at + (page - from), SHML_HUGE_BYTES, MADV_COLLAPSE) != 0 && errno == EINVAL)
+            break; /* the kernel does not know it, or has no huge pages for this mapping */
+    }
+}
+
+int shml_back(int fd, uint64_t from, uint64_t to, void *at, uint64_t spare_bytes, const char *root,
+              shml_memory_t *memory)
 {
     if (to > INT64_MAX || from > to)
         return SHML_E_INVAL;
     (void)shml_memory_read(root, memory);
     if (spare_bytes > memory->available_bytes || to - from > memory->available_bytes - spare_bytes)
         return SHML_E_MEMORY;
+    if (at != NULL)
+        back_huge(fd, from, to, at);
     /* Pieces that have memory when a later one is refused keep it: another process may have begun to write there. */
-    for (uint64_t at = from, piece; at < to; at += piece) {
-        piece = to - at < PIECE_BYTES ? to - at : PIECE_BYTES;
-        while (fallocate(fd, 0, (off_t)at, (off_t)piece) != 0)
+    for (uint64_t byte = from, piece; byte < to; byte += piece) {
+        piece = to - byte < PIECE_BYTES ? to - byte : PIECE_BYTES;
+        while (fallocate(fd, 0, (off_t)byte, (off_t)piece) != 0)
             if (errno != EINTR)
                 return errno == ENOSPC || errno == ENOMEM ? SHML_E_MEMORY : SHML_E_SYS;
     }
     return SHML_OK;
-}
-
-uint64_t shml_collapse(void *at, uint64_t num_bytes)
-{
-    uint64_t collapsed = 0, skip = (0 - (uint64_t)(uintptr_t)at) % SHML_HUGE_BYTES;
-    int cause = errno;
-    if (num_bytes < skip)
-        return 0;
-    /* One page a call: a call that fails has said which page, and a signal interrupts only one. */
-    for (uint64_t from = skip; num_bytes - from >= SHML_HUGE_BYTES; from += SHML_HUGE_BYTES) {
-        if (madvise((uint8_t *)at + from, SHML_HUGE_BYTES, MADV_COLLAPSE) == 0)
-            collapsed += SHML_HUGE_BYTES;
-        else if (errno == EINVAL) /* the kernel does not know it, or has no huge pages for this mapping */
-            break;
-    }
-    errno = cause;
-    return collapsed;
 }
 
 static uint64_t at_most(uint64_t n, uint64_t most) { return n < most ? n : most; }
@@ -314,17 +317,15 @@ int shml_ring_back_in(shml_seg_t *seg, int fd, uint64_t need_end, const char *ro
         return SHML_E_MEMORY;
     uint64_t spare = shml_memory_spare(memory);
     uint64_t to = at_most(shml_round_up(need_end, SHML_EXTENT_BYTES), ring_bytes);
-    rc = shml_back(fd, from, to, spare, root, memory);
+    uint8_t *at = seg->ring != NULL && to <= seg->ring_bytes ? seg->ring + from : NULL;
+    rc = shml_back(fd, from, to, at, spare, root, memory);
     if (rc == SHML_E_MEMORY) {
         to = at_most(shml_round_up(need_end, SHML_HUGE_BYTES), ring_bytes);
-        rc = shml_back(fd, from, to, spare, root, memory);
+        rc = shml_back(fd, from, to, at, spare, root, memory);
     }
     SHML_FP("memory.ring_back.backed");
-    bool is_backed = rc == SHML_OK;
-    if (is_backed || rc == SHML_E_MEMORY)
+    if (rc == SHML_OK || rc == SHML_E_MEMORY)
         rc = ring_backed(seg, rc, to, need_end);
-    if (is_backed && seg->ring != NULL && to <= seg->ring_bytes)
-        (void)shml_collapse(seg->ring + from, to - from);
     return rc;
 }
 

@@ -23,27 +23,27 @@
 
 enum shml_status {
     SHML_OK = 0,
-    SHML_E_INVAL = -1,     /* an argument is out of its range */
-    SHML_E_NOTFOUND = -2,  /* no such record, field, chunk or slot */
-    SHML_E_EXISTS = -3,    /* the id is reserved or ready already */
-    SHML_E_FULL = -4,      /* no room: ring, table or batch ring */
-    SHML_E_TOOBIG = -5,    /* larger than the whole ring could ever hold */
-    SHML_E_EXTEND = -6,    /* the ring must be backed further first: shml_ring_back */
-    SHML_E_MEMORY = -7,    /* the machine or a memory cgroup has not enough memory */
-    SHML_E_CLIENTS = -8,   /* the table of clients is full */
-    SHML_E_STALE = -9,     /* the generation differs: the thing was given to another */
-    SHML_E_POISONED = -10, /* the shared state is damaged, nothing works any more */
-    SHML_E_LAYOUT = -11,   /* not a segment, or one of another version or ABI */
-    SHML_E_TIMEOUT = -12,  /* the mutex was not had in SHML_LOCK_TIMEOUT_MS */
-    SHML_E_SYS = -13,      /* a system call failed: errno */
-    SHML_E_NAMESPACE = -14,/* another PID namespace */
-    SHML_E_CORRUPT = -15,  /* a record is not what its header says */
+    SHML_E_INVAL = -1,      /* an argument is out of its range */
+    SHML_E_NOTFOUND = -2,   /* no such record, field, chunk or slot */
+    SHML_E_EXISTS = -3,     /* the id is reserved or ready already */
+    SHML_E_FULL = -4,       /* no room: ring, table or batch ring */
+    SHML_E_TOOBIG = -5,     /* larger than the whole ring could ever hold */
+    SHML_E_EXTEND = -6,     /* the ring must be backed further first: shml_ring_back */
+    SHML_E_MEMORY = -7,     /* the machine or a memory cgroup has not enough memory */
+    SHML_E_CLIENTS = -8,    /* the table of clients is full */
+    SHML_E_STALE = -9,      /* the generation differs: the thing was given to another */
+    SHML_E_POISONED = -10,  /* the shared state is damaged, nothing works any more */
+    SHML_E_LAYOUT = -11,    /* not a segment, or one of another version or ABI */
+    SHML_E_TIMEOUT = -12,   /* the mutex was not had in SHML_LOCK_TIMEOUT_MS */
+    SHML_E_SYS = -13,       /* a system call failed: errno */
+    SHML_E_NAMESPACE = -14, /* another PID namespace */
+    SHML_E_CORRUPT = -15,   /* a record is not what its header says */
 };
 
 /* A holder of the mutex works for microseconds; one that was not had for this long is frozen (guessed). */
 #define SHML_LOCK_TIMEOUT_MS 30000u
 /* Bound on every wait: a wake that was lost with its killed sender delays by this much, no more. */
-#define SHML_TICK_MS 100u
+#define SHML_TICK_MS  100u
 #define SHML_MAX_RANK 6
 
 typedef struct shml_control shml_control_t;
@@ -222,8 +222,8 @@ typedef struct shml_stats {
     uint64_t progress;
     uint32_t chunks_todo, chunks_claimed, chunks_done, chunks_broken;
     uint32_t num_owners, num_workers, num_services, num_reaped, num_services_lost, num_rebuilds;
-    uint32_t state; /* 1 ready, 3 poisoned */
-    uint32_t frozen;/* the ring will not grow beyond backed_bytes: memory was refused */
+    uint32_t state;  /* 1 ready, 3 poisoned */
+    uint32_t frozen; /* the ring will not grow beyond backed_bytes: memory was refused */
 } shml_stats_t;
 int shml_get_stats(shml_seg_t *seg, shml_stats_t *stats);
 
@@ -241,7 +241,7 @@ uint64_t shml_epoch_get(const shml_seg_t *seg);
  * Memory (memory.c)
  * ---------------------------------------------------------------------------------------------------- */
 #define SHML_EXTENT_BYTES (UINT64_C(64) << 20)
-#define SHML_HUGE_BYTES (UINT64_C(2) << 20)
+#define SHML_HUGE_BYTES   (UINT64_C(2) << 20)
 
 typedef struct shml_memory {
     uint64_t total_bytes;     /* the smallest limit: MemTotal or a memory cgroup's (v1 or v2, ancestors too) */
@@ -252,11 +252,10 @@ typedef struct shml_memory {
 int shml_memory_read(const char *root, shml_memory_t *memory);
 
 /* Back bytes [from, to) of `fd` with memory (fallocate), unless fewer than to - from + `spare_bytes` are available:
- * SHML_E_MEMORY, nothing changed. */
-int shml_back(int fd, uint64_t from, uint64_t to, uint64_t spare_bytes, const char *root, shml_memory_t *memory);
-/* Collapse [at, at + num_bytes) of a mapping to huge pages where whole 2 MiB pages allow; returns how many
- * bytes were. Failing to (an old kernel) is not an error. */
-uint64_t shml_collapse(void *at, uint64_t num_bytes);
+ * SHML_E_MEMORY, nothing changed. `at` is where byte `from` is mapped, or NULL: with it, huge pages are used where
+ * whole 2 MiB pages allow and the kernel can (MADV_COLLAPSE, Linux 6.1); that it cannot is no error. */
+int shml_back(int fd, uint64_t from, uint64_t to, void *at, uint64_t spare_bytes, const char *root,
+              shml_memory_t *memory);
 
 /* Back the ring's next extent so that byte `need_end` has memory. Any number of writers may do so at once.
  * SHML_E_MEMORY freezes the ring at what it has. `fd` is the ring's. */
@@ -318,8 +317,8 @@ typedef struct shml_gather {
     uint8_t pad[16];              /* one item of `out` (NORMALIZE: a float32); also fills an absent sample's place */
     uint32_t num_channels;        /* NORMALIZE: dims[0] */
     float scale[SHML_MAX_CHANNELS], shift[SHML_MAX_CHANNELS];
-    uint8_t *out;                 /* n places in a row (with `rows`: as many as the largest + 1) */
-    uint64_t out_bytes;           /* of `out`: the bound */
+    uint8_t *out;       /* n places in a row (with `rows`: as many as the largest + 1) */
+    uint64_t out_bytes; /* of `out`: the bound */
 } shml_gather_t;
 /* Fill every op's `out` from n records: record i goes to place rows[i] (NULL: i). Dimensions beyond the first must
  * agree with `dims` (CORRUPT says they do not), the first may be less for COPY and MASK. Takes no lock: the
@@ -359,12 +358,14 @@ void shml_batch_unregister(shml_bhandle_t *h);
  * than max_slots, one that a dead worker left, else a new one if the budget lasts (smaller free slots of
  * its own, or of the dead, are given back to make room). FULL: none; the batch goes inline. Never waits. */
 int shml_slot_acquire(shml_bhandle_t *h, uint64_t num_bytes, uint32_t max_slots, shml_slot_t *slot);
-int shml_slot_send(shml_bhandle_t *h, const shml_slot_t *slot);    /* FILLING(self) -> SENT(self) */
-int shml_slot_drop(shml_bhandle_t *h, const shml_slot_t *slot);    /* FILLING(self) or SENT(self) -> FREE */
+int shml_slot_send(shml_bhandle_t *h, const shml_slot_t *slot); /* FILLING(self) -> SENT(self) */
+int shml_slot_drop(shml_bhandle_t *h, const shml_slot_t *slot); /* FILLING(self) or SENT(self) -> FREE */
 /* Owner: SENT(worker) -> HELD. STALE if it was given to another. *held: slots of that worker that the owner now
  * holds, this one included; *total: slots of that worker. */
 int shml_slot_adopt(shml_bhandle_t *h, const shml_slot_t *slot, uint32_t *held, uint32_t *total);
 int shml_slot_release(shml_bhandle_t *h, const shml_slot_t *slot); /* HELD -> FREE; lock-free, any thread */
+/* Give back the memory of all slots that are free or of dead workers. Returns how many, or a status. */
+int shml_batch_trim(shml_bhandle_t *h);
 int shml_batch_get_stats(shml_bhandle_t *h, shml_batch_stats_t *stats);
 /* Structural invariants, for tests: budget, no overlap of slots, states. */
 int shml_batch_verify(shml_bhandle_t *h, const char **what);

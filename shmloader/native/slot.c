@@ -94,8 +94,8 @@ static bool is_dead(shml_bhandle_t *h, deaths_t *deaths, uint32_t who)
 
 /* What there is, as seen under the mutex while others go on sending, adopting and releasing. */
 typedef struct usage {
-    uint64_t used_bytes;    /* all that counts against the budget */
-    uint64_t idle_bytes;    /* of these, could be given back */
+    uint64_t used_bytes; /* all that counts against the budget */
+    uint64_t idle_bytes; /* of these, could be given back */
     uint32_t num_own, num_own_free;
     int64_t own, dead, fit; /* slots, -1: none. A free one of its own, one of a dead worker, one of these that fits */
     uint64_t own_word, dead_word, fit_word;
@@ -264,6 +264,28 @@ static int take_or_make(shml_bhandle_t *h, uint64_t num_bytes, uint32_t max_slot
     return SHML_E_FULL;
 }
 
+int shml_batch_trim(shml_bhandle_t *h)
+{
+    int repaired, num_trimmed = 0;
+    deaths_t deaths = {{UNKNOWN}};
+    if (h->self < 0)
+        return SHML_E_INVAL;
+    int rc = shml_batch_lock(h, ACQUIRE_LOCK_MS, &repaired);
+    if (rc != SHML_OK)
+        return rc;
+    for (uint32_t i = 0; i < shml_slot_end(h->batch) && rc >= 0; i++) {
+        uint64_t word = shml_slot_load(&h->batch->slots[i]);
+        uint32_t state = shml_slot_state(word);
+        bool is_idle = state == SHML_SLOT_FREE || ((state == SHML_SLOT_FILLING || state == SHML_SLOT_SENT) &&
+                                                   is_dead(h, &deaths, shml_slot_owner(word)));
+        if (is_idle)
+            rc = discard_idle(h, i, word);
+        num_trimmed += is_idle && rc >= 0;
+    }
+    shml_batch_unlock(h, repaired);
+    return rc < 0 ? rc : num_trimmed;
+}
+
 /* Give a FILLING slot memory. If there is none, it is discarded: FULL. */
 static int back(shml_bhandle_t *h, const shml_slot_t *taken)
 {
@@ -274,11 +296,10 @@ static int back(shml_bhandle_t *h, const shml_slot_t *taken)
         return SHML_OK;
     (void)shml_memory_read("", &memory);
     uint64_t end = taken->offset + taken->capacity;
-    int rc = shml_back(h->fd, taken->offset, end, shml_memory_spare(&memory), "", &memory);
+    void *at = taken->capacity >= SHML_HUGE_SLOT_BYTES ? (uint8_t *)h->batch + taken->offset : NULL;
+    int rc = shml_back(h->fd, taken->offset, end, at, shml_memory_spare(&memory), "", &memory);
     SHML_FP("batch.back.memory");
     if (rc == SHML_OK) {
-        if (taken->capacity >= SHML_HUGE_SLOT_BYTES)
-            (void)shml_collapse((uint8_t *)h->batch + taken->offset, taken->capacity);
         atomic_store_explicit(&slot->is_backed, 1, memory_order_release);
         SHML_FP("batch.back.flag");
         return SHML_OK;

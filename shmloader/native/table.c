@@ -133,12 +133,12 @@ int shml_rebuild(shml_seg_t *seg)
     return SHML_OK;
 }
 
-#define MUST(condition, text)        \
-    do {                             \
-        if (!(condition)) {          \
-            *what = (text);          \
-            return SHML_E_CORRUPT;   \
-        }                            \
+#define MUST(condition, text)                                                                                          \
+    do {                                                                                                               \
+        if (!(condition)) {                                                                                            \
+            *what = (text);                                                                                            \
+            return SHML_E_CORRUPT;                                                                                     \
+        }                                                                                                              \
     } while (0)
 
 /* No two blocks share a byte: mark each 64-byte unit of [0, head) in a bitmap. */
@@ -156,6 +156,11 @@ static int check_overlap(struct shml_control *c, uint8_t *bitmap, const char **w
         }
     }
     return SHML_OK;
+}
+
+static int is_client(struct shml_control *c, uint32_t slot)
+{
+    return slot < SHML_MAX_CLIENTS && shml_clients(c)[slot].state == SHML_CLIENT_ACTIVE;
 }
 
 static int check_locked(shml_seg_t *seg, void *scratch, const char **what)
@@ -186,12 +191,12 @@ static int check_locked(shml_seg_t *seg, void *scratch, const char **what)
         used += desc->num_bytes;
         int status;
         MUST(shml_find(seg, desc->id, &status) == desc, "a record is not found by its id");
-        MUST(desc->state != SHML_DESC_RESERVED || shml_clients(c)[desc->owner].state == SHML_CLIENT_ACTIVE,
-             "a reservation has no living owner");
+        MUST(desc->state != SHML_DESC_RESERVED || is_client(c, desc->owner), "a reservation has no living owner");
     }
     MUST(head <= c->head, "the head is below a record");
     MUST(used == c->used_bytes, "used_bytes is wrong");
-    MUST(ready == c->num_ready && errors == c->num_errors && reserved == c->num_reserved, "a count of records is wrong");
+    MUST(ready == c->num_ready && errors == c->num_errors && reserved == c->num_reserved,
+         "a count of records is wrong");
     for (uint32_t b = 0; b < c->num_buckets; b++)
         for (uint32_t next = shml_buckets(c)[b]; next != 0 && linked <= c->num_descs; next = descs[next - 1].next)
             linked++;
@@ -208,12 +213,12 @@ static int check_locked(shml_seg_t *seg, void *scratch, const char **what)
         uint32_t word = shml_chunks(c)[i].word;
         MUST((word & 0xff) <= SHML_CHUNK_BROKEN, "a chunk's state is unknown");
         counts[word & 0xff]++;
-        MUST((word & 0xff) != SHML_CHUNK_CLAIMED || shml_clients(c)[word >> 16].state == SHML_CLIENT_ACTIVE,
-             "a chunk is claimed by nobody");
+        MUST((word & 0xff) != SHML_CHUNK_CLAIMED || is_client(c, word >> 16), "a chunk is claimed by nobody");
         MUST((word & 0xff) != SHML_CHUNK_TODO || i >= c->chunk_cursor, "a chunk below the cursor is to do");
     }
     MUST(counts[0] == c->chunks_todo && counts[1] == c->chunks_claimed && counts[2] == c->chunks_done &&
-             counts[3] == c->chunks_broken, "a count of chunks is wrong");
+             counts[3] == c->chunks_broken,
+         "a count of chunks is wrong");
     return scratch != NULL ? check_overlap(c, scratch, what) : SHML_OK;
 }
 

@@ -3,7 +3,7 @@
 ::
 
     SourceRequest ──make_plan──▶ SourcePlan ──open_reader──▶ Reader.read(chunk) ──▶ Arrow batches
-                   (supervisor)              (prefetchers)
+                   (planner)                 (prefetchers)
 
 ==========  ======================================  ===============================
 mode        rows come from                          chunks
@@ -26,16 +26,24 @@ __all__ = ["make_plan", "open_reader"]
 
 
 def make_plan(request: SourceRequest) -> SourcePlan:
-    """What the requested dataset holds, and how it is cut into chunks. Supervisor only; imports ``datasets``.
+    """What the requested dataset holds, and how it is cut into chunks. Planner only.
+
+    Imports ``datasets``, unless an earlier run has planned the same local files (plan_cache.py).
 
     Raises:
         DatasetNotFoundError, SplitNotFoundError, EmptyDatasetError, ColumnError: as their names say.
         ReadError: a file cannot be read. SourceError: the Hub cannot be reached, or the card contradicts
             the data. None of them shows a token.
     """
-    from shmloader.sources.planning import plan_source
+    from shmloader.sources import plan_cache
 
-    return plan_source(request)
+    plan = plan_cache.load(request)
+    if plan is None:
+        from shmloader.sources.planning import plan_source
+
+        plan = plan_source(request)
+        plan_cache.store(request, plan)
+    return plan
 
 
 def open_reader(request: SourceRequest, plan: SourcePlan) -> Reader:

@@ -1,15 +1,18 @@
 """Samples → batch: the hook by which a stock DataLoader gathers a batch in one pass over the ring.
 
 `Sample` is registered in torch's ``default_collate_fn_map``, so ``default_collate`` brings a list of samples here.
-Fields that are still the records' are gathered by the core, straight into a slot of the batch ring (in a worker) or
-into fresh tensors; fields that the user changed, added or took as copies are collated from their values.
+Fields that still are the records' are gathered by the core, straight into a slot of the batch ring (in a worker) or
+into fresh tensors. Fields that the user changed, added or took as copies are collated from their values and, in a
+worker, copied into the slot beside the others.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,140 +24,144 @@ import shmloader._native as native
 from shmloader.errors import ShmloaderError
 from shmloader.reader import Attachment
 from shmloader.sample import ALIGNMENT, Field, Schema
-from shmloader.tokens import InlineBatch, batch_ring
-from shmloader.views import Sample, WorkerBatch, torch_dtype
+from shmloader.tokens import InlineBatch, batch_ring, is_plain
+from shmloader.views import Part, Sample, WorkerBatch, tensor_over, torch_dtype
 
 #: One tensor of a batch: name, native op, index of the field, the field, dtype, shape of one sample's place.
 Output = tuple[str, int, int, Field, torch.dtype, tuple[int, ...]]
 
+#: What every sample has beside its fields, the same in all of a dataset.
+_STRINGS = ("task_type", "source")
 
-def collate(samples: Sequence[Sample], *, collate_fn_map: Any = None) -> dict[str, Any]:
+
+def collate(samples: Sequence[dict[str, Any]], *, collate_fn_map: Any = None) -> dict[str, Any]:
     """The batch of ``samples``: for each field a tensor [B, …] (padded where lengths differ), lists for strings.
 
     In a DataLoader worker the result is made to cross its queue as a token; elsewhere it is a plain dict.
+
+    Raises:
+        ShmloaderError: the samples have different fields, or the shapes of one cannot be laid side by side.
     """
-    first = samples[0]
-    if not all(type(s) is Sample and s._refs is not None and s._attachment is first._attachment for s in samples):
-        return _from_values(samples, collate_fn_map)
-    attachment = first._attachment
-    assert attachment is not None
-    changed = _changed_fields(samples)
-    if changed is None:
-        return _from_values(samples, collate_fn_map)
-    kept = tuple(field.name for field in attachment.schema.fields if field.name not in changed)
-    plain: dict[str, Any] = {}
-    schema = attachment.schema
-    for name, value in (("task_type", schema.task_type), ("source", schema.sources[0])):
-        if name not in changed:
-            plain[name] = [value] * len(samples)
-    for name in changed:
-        values = [sample[name] for sample in samples]
-        plain.update(_collate_field(name, values, _field(schema, name), collate_fn_map))
-    return _gather(attachment, samples, kept, plain)
+    records = _records(samples)
+    touched = [sample for sample in records if not sample.is_untouched()]
+    if records:
+        attachment = records[0]._attachment
+        assert attachment is not None
+        schema: Schema | None = attachment.schema
+        names = _common_names(samples, attachment.schema) if touched else attachment.schema.names
+        gathering = _gathering(attachment, records, touched, names)
+    else:
+        schema = next((s._attachment.schema for s in samples if isinstance(s, Sample) and s._attachment), None)
+        names = _common_names(samples, None)
+        gathering = _Gathering(None, b"", ())
+    gathered = {field.name for _, _, _, field, _, _ in gathering.outputs}
+    batch: dict[str, Any] = {}
+    for name in names:
+        if name in gathered:
+            continue
+        if records and schema is not None and name in _STRINGS and all(sample.is_view(name) for sample in touched):
+            batch[name] = [schema.task_type if name == "task_type" else schema.sources[0]] * len(samples)
+        else:
+            batch.update(_collate_values(name, samples, names, schema, collate_fn_map))
+    return _build(gathering, batch, len(samples))
 
 
-def _changed_fields(samples: Sequence[Sample]) -> list[str] | None:
-    """Names of fields to be collated from values; None where the samples' keys differ, so all have to be."""
-    touched = [sample for sample in samples if not sample.untouched()]
-    if not touched:
-        return []
-    names: list[str] | None = None
-    changed: dict[str, None] = {}
-    for sample in touched:
+def _records(samples: Sequence[dict[str, Any]]) -> list[Sample]:
+    """The samples, if all are of records of the same set; else nothing."""
+    first = samples[0]._attachment if type(samples[0]) is Sample else None
+    records = [s for s in samples if type(s) is Sample and s._refs is not None and s._attachment is first]
+    return records if len(records) == len(samples) else []
+
+
+def _common_names(samples: Sequence[dict[str, Any]], schema: Schema | None) -> tuple[str, ...]:
+    """The keys that all samples must have; schema: of records, none of which is looked into only for its keys."""
+    names: tuple[str, ...] | None = None
+    for i, sample in enumerate(samples):
+        if schema is not None and isinstance(sample, Sample) and sample.is_untouched():
+            others = schema.names
+        else:
+            others = tuple(sample)
         if names is None:
-            names = list(sample)
-            removed = [name for name in sample.views() or {} if name not in sample]
-        elif list(sample) != names:
-            return None
-        views = sample.views() or {}
-        changed.update((name, None) for name in sample if views.get(name, sample) is not sample[name])
-    if removed or len(touched) < len(samples):
-        # Some were never looked at: compare keys with theirs.
-        for sample in samples:
-            if list(sample) != names:
-                return None
-        if removed:
-            return None
-    return list(changed)
-
-
-def _field(schema: Schema, name: str) -> Field | None:
-    return next((field for field in schema.fields if field.name == name), None)
+            names = others
+        elif others is not names and set(others) != set(names):
+            odd = ", ".join(sorted(map(str, set(names).symmetric_difference(others))))
+            raise ShmloaderError(
+                f"Samples of one batch have different fields: sample {i} of the batch differs from sample 0 in {odd}. "
+                "A `transform`, a wrapper or the datasets of a ConcatDataset must give every sample the same fields."
+            )
+    return names or ()
 
 
 # -- gathered from the ring --------------------------------------------------------------------------------
 
 
-def _gather(
-    attachment: Attachment, samples: Sequence[Sample], kept: tuple[str, ...], plain: dict[str, Any]
-) -> dict[str, Any]:
-    packed = _packed(samples)
-    schema, segment = attachment.schema, attachment.ring.segment
-    dims = _dims(schema, segment, packed, kept)
-    if dims is None:
-        return _from_values(samples, None)
-    texts = [field for field in schema.fields if field.is_text and field.name in kept]
-    for field in texts:
-        plain[field.name] = [sample[field.name] for sample in samples]
-    outputs = _outputs(schema, kept, dims)
-    sizes = [len(samples) * math.prod(shape) * dtype.itemsize for *_, dtype, shape in outputs]
-    offsets, total = _offsets(sizes)
-    in_worker = get_worker_info() is not None
-    ring = batch_ring() if in_worker else None
-    lease = ring.lease(total) if ring is not None and total else None
-    tensors: dict[str, torch.Tensor] = {}
-    ops, parts = [], {}
-    for (name, op, index, field, dtype, shape), offset, size in zip(outputs, offsets, sizes, strict=True):
-        whole = (len(samples), *shape)
-        if lease is not None:
-            parts[name] = (offset, dtype, whole)
-            out: Any = lease.part(offset, size)
-        else:
-            tensors[name] = torch.empty(whole, dtype=dtype)
-            out = tensors[name].view(-1).view(torch.uint8).numpy() if size else bytearray()
-        ops.append((op, index, *_op_constants(field, shape), out))
-    if ops:
-        segment.gather(packed, None, ops)
-    if lease is not None:
-        return WorkerBatch(lease, parts, plain)
-    return InlineBatch(tensors | plain) if in_worker else tensors | plain
+@dataclass(frozen=True)
+class _Gathering:
+    """What the core is to gather: the references of the records, packed, and the tensors to make of them."""
+
+    attachment: Attachment | None
+    packed: bytes
+    outputs: tuple[Output, ...]
+
+    def run(self, outs: Sequence[Any]) -> None:
+        """Fill ``outs``: writable bytes, one for each output."""
+        if self.attachment is not None and self.outputs:
+            ops = [
+                (op, index, *_op_constants(field, shape), out)
+                for (_, op, index, field, _, shape), out in zip(self.outputs, outs, strict=True)
+            ]
+            self.attachment.ring.segment.gather(self.packed, None, ops)
 
 
-def _packed(samples: Sequence[Sample]) -> bytes:
-    """The samples' references in a row: those of one look-up at once, if that is what they are."""
-    refs = samples[0]._refs
+def _gathering(
+    attachment: Attachment, records: Sequence[Sample], touched: Sequence[Sample], names: tuple[str, ...]
+) -> _Gathering:
+    """All fields that still are the records' and fit side by side; their masks, unless the user has some."""
+    schema, packed = attachment.schema, _packed(records)
+    kept = tuple(
+        field.name
+        for field in schema.fields
+        if field.name in names and not field.is_text and all(sample.is_view(field.name) for sample in touched)
+    )
+    places = _places(schema, attachment.ring.segment, packed)
+    return _Gathering(attachment, packed, _outputs(schema, kept, places, names))
+
+
+def _packed(records: Sequence[Sample]) -> bytes:
+    """The references of the records in a row: those of one look-up at once, if that is what they are."""
+    refs = records[0]._refs
     assert refs is not None
-    if len(refs) == len(samples) and all(s._refs is refs and s._index == i for i, s in enumerate(samples)):
+    if len(refs) == len(records) and all(s._refs is refs and s._index == i for i, s in enumerate(records)):
         return refs.packed
-    return b"".join(s._refs.one(s._index) for s in samples if s._refs is not None)
+    return b"".join(s._refs.one(s._index) for s in records if s._refs is not None)
 
 
-def _dims(schema: Schema, segment: Any, packed: bytes, kept: tuple[str, ...]) -> tuple[tuple[int, ...], ...] | None:
-    """The place that each field's value takes in the batch; None where they cannot be laid side by side."""
+def _places(schema: Schema, segment: Any, packed: bytes) -> tuple[tuple[int, ...] | None, ...]:
+    """The place that each field's value takes in the batch; None for one whose values do not fit side by side."""
     if all(None not in field.shape for field in schema.fields):
         return tuple(tuple(n for n in field.shape if n is not None) for field in schema.fields)
-    result = []
+    places: list[tuple[int, ...] | None] = []
     for field, (least, most, absent) in zip(schema.fields, segment.measure(packed, len(schema.fields)), strict=True):
         rank = len(field.shape)
         low, high = least[:rank], most[:rank]
-        is_gathered = field.name in kept and not field.is_text
-        if is_gathered and (absent or low[1:] != high[1:] or (rank and low[0] != high[0] and field.pad is None)):
-            return None
-        result.append(tuple(high))
-    return tuple(result)
+        fits = low == high or (low[1:] == high[1:] and field.pad is not None)
+        places.append(high if fits and not absent else None)
+    return tuple(places)
 
 
 @lru_cache(maxsize=256)
-def _outputs(schema: Schema, kept: tuple[str, ...], dims: tuple[tuple[int, ...], ...]) -> tuple[Output, ...]:
+def _outputs(
+    schema: Schema, kept: tuple[str, ...], places: tuple[tuple[int, ...] | None, ...], names: tuple[str, ...]
+) -> tuple[Output, ...]:
     outputs: list[Output] = []
-    for index, (field, shape) in enumerate(zip(schema.fields, dims, strict=True)):
-        if field.name not in kept or field.is_text:
+    for index, (field, shape) in enumerate(zip(schema.fields, places, strict=True)):
+        if field.name not in kept or shape is None:
             continue
         if field.scale is not None:
             outputs.append((field.name, native.NORMALIZE, index, field, torch.float32, shape))
         else:
             outputs.append((field.name, native.COPY, index, field, torch_dtype(field.numpy_dtype), shape))
-        if field.mask is not None:
+        if field.mask is not None and field.mask not in names:
             outputs.append((field.mask, native.MASK, index, field, torch.int64, shape[:1]))
     return tuple(outputs)
 
@@ -167,48 +174,88 @@ def _op_constants(field: Field, shape: tuple[int, ...]) -> tuple[int, bytes, byt
     return field.numpy_dtype.itemsize, struct.pack(f"{len(shape)}I", *shape), pad, scale, shift
 
 
+# -- collated from values ----------------------------------------------------------------------------------
+
+
+def _collate_values(
+    name: str, samples: Sequence[dict[str, Any]], names: tuple[str, ...], schema: Schema | None, collate_fn_map: Any
+) -> dict[str, Any]:
+    """One field's batch, at torch's speed, and its mask's; padded where the schema says that lengths may differ."""
+    values = [_as_tensor(sample[name]) for sample in samples]
+    field = None if schema is None else next((field for field in schema.fields if field.name == name), None)
+    if all(isinstance(value, torch.Tensor) for value in values):
+        if field is not None and field.pad is not None and _can_be_padded(values):
+            return _padded(field, values, names)
+        odd = next((i for i, value in enumerate(values) if value.shape != values[0].shape), None)
+        if odd is not None:
+            raise ShmloaderError(
+                f"Field {name!r} cannot be made a batch: sample 0 of the batch has shape {list(values[0].shape)}, "
+                f"sample {odd} has {list(values[odd].shape)}. Only the first dimension of a field of the dataset is "
+                "padded; give all samples the same shape in `process` or `transform`, or give the DataLoader a "
+                "collate_fn.",
+                field=name,
+            )
+        if all(is_plain(value) for value in values):
+            return {name: torch.stack(values)}  # torch's own, in a worker, makes a file in /dev/shm
+    return {name: _utils.collate.collate(values, collate_fn_map=collate_fn_map or _collate_fn_map())}
+
+
+def _as_tensor(value: Any) -> Any:
+    is_numeric = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+    return torch.as_tensor(value) if is_numeric else value
+
+
+def _can_be_padded(values: Sequence[torch.Tensor]) -> bool:
+    return all(value.ndim and value.shape[1:] == values[0].shape[1:] for value in values)
+
+
+def _padded(field: Field, values: Sequence[torch.Tensor], names: tuple[str, ...]) -> dict[str, Any]:
+    longest = max(len(value) for value in values)
+    dtype = functools.reduce(torch.promote_types, (value.dtype for value in values))
+    whole = torch.full((len(values), longest, *values[0].shape[1:]), field.pad or 0, dtype=dtype)
+    for row, value in zip(whole, values, strict=True):
+        row[: len(value)] = value
+    batch = {field.name: whole}
+    if field.mask is not None and field.mask not in names:
+        lengths = torch.tensor([len(value) for value in values])
+        batch[field.mask] = (torch.arange(longest) < lengths[:, None]).to(torch.int64)
+    return batch
+
+
+# -- where the batch lies ----------------------------------------------------------------------------------
+
+
+def _build(gathering: _Gathering, values: dict[str, Any], num_samples: int) -> dict[str, Any]:
+    """The batch of what is to be gathered and of ``values``: in a slot, in a worker that has a free one."""
+    in_worker = get_worker_info() is not None
+    specs = {name: (dtype, (num_samples, *shape)) for name, _, _, _, dtype, shape in gathering.outputs}
+    num_gathered = len(specs)
+    if in_worker:
+        specs.update((name, (v.dtype, tuple(v.shape))) for name, v in values.items() if is_plain(v))
+    sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in specs.values()]
+    offsets, total = _offsets(sizes)
+    ring = batch_ring() if in_worker and total else None
+    lease = None if ring is None else ring.lease(total)
+    if lease is None:
+        made = {name: torch.empty(specs[name][1], dtype=specs[name][0]) for name in list(specs)[:num_gathered]}
+        gathering.run([tensor.view(-1).view(torch.uint8).numpy() for tensor in made.values()])
+        return InlineBatch(made | values) if in_worker else made | values
+    outs = [lease.part(offset, size) for offset, size in zip(offsets, sizes, strict=True)]
+    gathering.run(outs[:num_gathered])
+    parts: dict[str, Part] = {}
+    for (name, (dtype, shape)), offset, out in zip(specs.items(), offsets, outs, strict=True):
+        parts[name] = (offset, dtype, shape)
+        if name in values:
+            tensor_over(out, dtype, shape).copy_(values.pop(name))
+    return WorkerBatch(lease, parts, values)
+
+
 def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
     offsets, end = [], 0
     for size in sizes:
         offsets.append(end)
         end += -(-size // ALIGNMENT) * ALIGNMENT
     return offsets, end
-
-
-# -- collated from values ----------------------------------------------------------------------------------
-
-
-def _from_values(samples: Sequence[dict[str, Any]], collate_fn_map: Any) -> dict[str, Any]:
-    """The general way: any dicts with the same keys, at torch's speed."""
-    keys = list(samples[0])
-    for i, sample in enumerate(samples):
-        if set(sample) != set(keys):
-            odd = sorted(set(sample) ^ set(keys))
-            raise ShmloaderError(
-                f"Samples of one batch have different fields: sample {i} differs from sample 0 in {', '.join(odd)}. "
-                "A `transform` or wrapper must give every sample the same fields."
-            )
-    schema = next((s._attachment.schema for s in samples if isinstance(s, Sample) and s._attachment), None)
-    batch: dict[str, Any] = {}
-    for key in keys:
-        field = _field(schema, key) if schema is not None else None
-        batch.update(_collate_field(key, [sample[key] for sample in samples], field, collate_fn_map))
-    return InlineBatch(batch) if get_worker_info() is not None else batch
-
-
-def _collate_field(name: str, values: list[Any], field: Field | None, collate_fn_map: Any) -> dict[str, Any]:
-    """One field's batch, and its mask's; padded where the schema says that lengths may differ."""
-    if field is None or field.pad is None or not all(isinstance(v, torch.Tensor) and v.ndim for v in values):
-        return {name: _utils.collate.collate(values, collate_fn_map=collate_fn_map or _collate_fn_map())}
-    longest = max(len(value) for value in values)
-    whole = values[0].new_full((len(values), longest, *values[0].shape[1:]), field.pad)
-    for row, value in zip(whole, values, strict=True):
-        row[: len(value)] = value
-    batch = {name: whole}
-    if field.mask is not None:
-        lengths = torch.tensor([len(value) for value in values])
-        batch[field.mask] = (torch.arange(longest) < lengths[:, None]).to(torch.int64)
-    return batch
 
 
 def _collate_fn_map() -> dict[Any, Callable[..., Any]]:

@@ -108,7 +108,6 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
         self.transform = transform
         self.writable = writable
         self.seed = 0
-        self._epoch_is_set = False
         self._reader = _start(work, options)
         self._closer = weakref.finalize(self, _close, self._reader, os.getpid())
         self._closer.atexit = False  # the process's end is noticed without us
@@ -135,10 +134,8 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
         attachment, refs = self._reader.get(rows)
         if self.transform is None:
             return [Sample.over(attachment, refs, i, self.writable) for i in range(len(rows))]
-        if self._epoch_is_set:
-            epochs = [attachment.ring.segment.epoch()] * len(rows)
-        else:
-            epochs = attachment.ring.segment.count_reads(refs.packed)
+        epoch = attachment.ring.segment.epoch()
+        epochs = [epoch - 1] * len(rows) if epoch else attachment.ring.segment.count_reads(refs.packed)
         samples = (Sample.over(attachment, refs, i, writable=True) for i in range(len(rows)))
         return [self._transformed(s, row, epoch) for s, row, epoch in zip(samples, rows, epochs, strict=True)]
 
@@ -155,7 +152,11 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
     def _transformed(self, sample: Sample, row: int, epoch: int) -> Sample:
         assert self.transform is not None
         with _seeded(self.seed, epoch, row):
-            result = self.transform(dict(sample))
+            try:
+                result = self.transform(dict(sample))
+            except Exception as error:
+                error.add_note(f"in transform= for sample {row} of {self.name!r}")
+                raise
         if not isinstance(result, Mapping):
             raise OptionError(
                 f"transform= must return a dict, but got {type(result).__name__} (sample {row} of {self.name!r})",
@@ -203,10 +204,15 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch for ``transform``'s seeds, in all workers, persistent ones included.
 
-        Without it the seed counts how often each sample was read.
+        Without it the seed counts how often each sample was read, by anybody. Call it before iterating: workers
+        that run ahead take it up with the next sample that they read.
         """
-        self._epoch_is_set = True
-        self._reader.attach().segment.epoch(epoch)
+        epoch = operator.index(epoch)
+        if not 0 <= epoch < 1 << 63:
+            raise OptionError(
+                f"epoch={epoch} is not valid: it must be 0 or more", name="epoch", value=str(epoch), allowed="0 or more"
+            )
+        self._reader.attach().segment.epoch(epoch + 1)  # 0: nobody has named one
 
     def stats(self) -> Stats:
         """What the set is doing, now."""
@@ -255,10 +261,22 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
 
     def __getstate__(self) -> dict[str, Any]:
         """On the way to a spawned worker: the set's files and, by cloudpickle, the transform."""
-        import cloudpickle
+        self._reader.check_can_travel()
+        try:
+            import cloudpickle
 
+            transform = cloudpickle.dumps(self.transform)
+        except Exception as error:
+            raise OptionError(
+                f"transform= cannot be sent to a worker that is spawned: {type(error).__name__}: {error}. It must be "
+                "picklable by cloudpickle: leave open files, locks, connections and generators out of it, or make "
+                "them on first use.",
+                name="transform",
+                value=type(self.transform).__name__,
+                allowed="a picklable function",
+            ) from error
         state = {k: v for k, v in self.__dict__.items() if k not in ("_closer", "transform")}
-        return state | {"transform": cloudpickle.dumps(self.transform), "batch_ring": known_files()}
+        return state | {"transform": transform, "batch_ring": known_files()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         import pickle

@@ -25,6 +25,7 @@ Tree::
 
 from __future__ import annotations
 
+import json
 import traceback
 from typing import Any
 
@@ -116,7 +117,7 @@ class ServiceError(ShmloaderError):
 
 
 class WaitTimeoutError(ShmloaderError, TimeoutError):
-    """Nothing moved while a reader waited. Attributes: source, shard, row, waited_s."""
+    """Nothing moved while a reader waited. Attributes: row, waited_s."""
 
 
 class StaleTokenError(ShmloaderError):
@@ -135,11 +136,25 @@ class RemoteTraceback(Exception):
 
 
 def _rebuild(kind: type[ShmloaderError], message: str, data: dict[str, Any], remote: str | None) -> ShmloaderError:
-    error = kind(message, **data)
+    error = kind(message)
+    error.data = data
     error.remote_traceback = remote
     if remote:
         error.__cause__ = RemoteTraceback(remote)
     return error
+
+
+def ring_full(needed_bytes: int, have_bytes: int, num_ready: int) -> RingFullError:
+    """The error of data that is larger than the ring; ``num_ready`` samples had found room."""
+    full = f" (full after {num_ready:,} samples)" if num_ready else ""
+    return RingFullError(
+        f"The data does not fit into the ring: about {needed_bytes:,} bytes are needed, the ring has "
+        f"{have_bytes:,}{full}. Set SHMLOADER_RING_BYTES={-(-needed_bytes >> 20)}MiB "
+        "or more (or Options.ring_bytes).",
+        needed_bytes=needed_bytes,
+        have_bytes=have_bytes,
+        variable="SHMLOADER_RING_BYTES",
+    )
 
 
 def to_wire(error: BaseException) -> dict[str, Any]:
@@ -150,9 +165,32 @@ def to_wire(error: BaseException) -> dict[str, Any]:
     """
     remote = "".join(traceback.format_exception(error))
     if isinstance(error, ShmloaderError):
-        data = {k: v for k, v in error.data.items() if isinstance(v, (str, int, float, bool, list, type(None)))}
+        data = {k: list(v) if isinstance(v, tuple) else v for k, v in error.data.items() if _is_plain(v)}
         return {"type": type(error).__name__, "message": str(error), "data": data, "traceback": remote}
     return {"type": "ServiceError", "message": f"{type(error).__name__}: {error}", "data": {}, "traceback": remote}
+
+
+def to_json(error: BaseException, most_bytes: int) -> bytes:
+    """`to_wire` as JSON of at most ``most_bytes`` (at least 4096): what is too long is cut."""
+    wire = to_wire(error)
+    for keep in (8000, 2000, 250):
+        wire["traceback"] = wire["traceback"][-keep:]
+        wire["message"] = _cut(wire["message"], keep)
+        wire["data"] = {k: _cut(v, keep) if isinstance(v, str) else v for k, v in wire["data"].items()}
+        text = json.dumps(wire).encode()
+        if len(text) <= most_bytes:
+            return text
+    return json.dumps(wire | {"traceback": "", "data": {}}).encode()
+
+
+def _cut(text: str, keep: int) -> str:
+    return text if len(text) <= keep else text[: keep - 4] + " […]"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (str, int, float, bool, type(None)))
 
 
 def from_wire(wire: dict[str, Any]) -> ShmloaderError:

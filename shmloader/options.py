@@ -10,13 +10,19 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from shmloader.errors import OptionError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+#: Least, most, and how that is told.
+_PREFETCHERS = (1, 64, "a whole number from 1 to 64")
+_TIMEOUT_S = (1e-3, 1e9, "a number of seconds from 0.001 to 1e9")
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
+#: A process can map 128 TiB, and maps more than a ring.
+MAX_BYTES = 64 << 40
 #: Share of the smallest memory limit that all datasets of a process may take together (guessed: it leaves
 #: room for the model, the workers and the page cache).
 DEFAULT_RING_SHARE = 0.25
@@ -25,6 +31,8 @@ DEFAULT_RING_SHARE = 0.25
 DEFAULT_TIMEOUT_S = 120.0
 #: More prefetchers than this rarely help: decoding saturates the memory bandwidth first (guessed).
 MAX_DEFAULT_PREFETCHERS = 8
+
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -48,13 +56,13 @@ def parse_size(text: str | int, name: str = "size") -> ByteSize:
     Raises:
         OptionError: it is none of these, or not positive; names ``name``.
     """
-    allowed = 'bytes, or a number with a unit ("512MiB", "2GB"), or a share of memory ("25%")'
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*", str(text))
-    if match:
+    allowed = 'bytes, or a number with a unit ("512MiB", "2GB"), or a share of memory ("25%"), at most 64 TiB'
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*", str(text), re.ASCII)
+    if match and not isinstance(text, float):
         number, unit = float(match[1]), match[2].upper()
         if unit == "%" and 0 < number <= 100:
             return ByteSize(share=number / 100)
-        if unit in _UNITS and number * _UNITS[unit] >= 1:
+        if unit in _UNITS and 1 <= number * _UNITS[unit] <= MAX_BYTES:
             return ByteSize(num_bytes=int(number * _UNITS[unit]))
     raise _bad(name, text, allowed)
 
@@ -79,10 +87,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.ring_bytes is not None:
             parse_size(self.ring_bytes, "ring_bytes")
-        if self.prefetchers is not None and not 1 <= self.prefetchers <= 64:
-            raise _bad("prefetchers", self.prefetchers, "a whole number from 1 to 64")
-        if not 0 < self.timeout_s < float("inf"):
-            raise _bad("timeout_s", self.timeout_s, "a positive number of seconds")
+        _check("prefetchers", 1 if self.prefetchers is None else self.prefetchers, int, _PREFETCHERS)
+        _check("timeout_s", self.timeout_s, int | float, _TIMEOUT_S)
         if self.log not in _LOG_LEVELS:
             raise _bad("log", self.log, f"one of {', '.join(_LOG_LEVELS)}")
 
@@ -98,14 +104,14 @@ class Options:
         ring = env.get("SHMLOADER_RING_BYTES") or None
         if ring is not None:
             parse_size(ring, "SHMLOADER_RING_BYTES")
-        prefetchers = _number(env, "SHMLOADER_PREFETCHERS", "a whole number from 1 to 64", 1, 64, whole=True)
-        timeout = _number(env, "SHMLOADER_TIMEOUT_S", "a positive number of seconds", 1e-3, 1e9)
+        prefetchers = _number(env, "SHMLOADER_PREFETCHERS", int, _PREFETCHERS)
+        timeout = _number(env, "SHMLOADER_TIMEOUT_S", float, _TIMEOUT_S)
         log = (env.get("SHMLOADER_LOG") or "WARNING").upper()
         if log not in _LOG_LEVELS:
             raise _bad("SHMLOADER_LOG", env["SHMLOADER_LOG"], f"one of {', '.join(_LOG_LEVELS)}")
         return cls(
             ring_bytes=ring,
-            prefetchers=None if prefetchers is None else int(prefetchers),
+            prefetchers=prefetchers,
             timeout_s=DEFAULT_TIMEOUT_S if timeout is None else timeout,
             log=log,
         )
@@ -117,19 +123,22 @@ class Options:
         return max(1, min(len(os.sched_getaffinity(0)), MAX_DEFAULT_PREFETCHERS))
 
 
-def _number(
-    env: Mapping[str, str], name: str, allowed: str, least: float, most: float, whole: bool = False
-) -> float | None:
+def _number(env: Mapping[str, str], name: str, kind: type[Number], bounds: tuple[float, float, str]) -> Number | None:
     text = env.get(name)
     if not text:
         return None
     try:
-        value = int(text) if whole else float(text)
+        value = kind(text)
     except ValueError:
-        raise _bad(name, text, allowed) from None
-    if not least <= value <= most:
-        raise _bad(name, text, allowed)
+        raise _bad(name, text, bounds[2]) from None
+    if not bounds[0] <= value <= bounds[1]:
+        raise _bad(name, text, bounds[2])
     return value
+
+
+def _check(name: str, value: Any, kind: Any, bounds: tuple[float, float, str]) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind) or not bounds[0] <= value <= bounds[1]:
+        raise _bad(name, value, bounds[2])
 
 
 def _bad(name: str, value: object, allowed: str) -> OptionError:

@@ -22,6 +22,10 @@ _ADVICE = (
     "Give the dataset writable=True for private copies, do it in transform= (which gets them), or use sample.clone().\n"
 )
 
+_attaching = threading.Lock()
+# Another thread of the parent may have held it when this process was forked.
+os.register_at_fork(after_in_child=lambda: globals().update(_attaching=threading.Lock()))
+
 
 @dataclass(frozen=True)
 class Attachment:
@@ -47,7 +51,6 @@ class Reader:
         self.is_closed = False
         self._ring: Ring | None = None
         self._attachment: Attachment | None = None
-        self._attaching = threading.Lock()
 
     def attach(self) -> Ring:
         """The attachment of this process, made now if there is none or it was inherited."""
@@ -55,27 +58,29 @@ class Reader:
         if ring is not None and ring.is_home:
             return ring
         if self.is_closed:
-            raise ClosedError(f"The dataset {self.plan.source.name!r} was closed", dataset=self.plan.source.name)
-        if ring is not None:
-            self._attaching = threading.Lock()  # the parent may have held it
-            self._ring = self._attachment = None
-        with self._attaching:
-            if self._ring is None:
+            raise self._closed()
+        with _attaching:
+            ring = self._ring
+            if ring is None or not ring.is_home:
                 is_owner = os.getpid() == self.owner_pid
-                self._ring = Ring(self.files.ring, native.OWNER if is_owner else native.WORKER, self.owner)
+                ring = Ring(self.files.ring, native.OWNER if is_owner else native.WORKER, self.owner)
                 if is_owner:
-                    self.owner = (self._ring.slot, self._ring.gen)
+                    self.owner = (ring.slot, ring.gen)
                 # Now and not at import: a handler that torch or faulthandler installs later would hide ours.
                 native.fault_report(_ADVICE)
-            return self._ring
+                self._ring, self._attachment = ring, None
+            return ring
 
     def get(self, rows: Sequence[int]) -> tuple[Attachment, Refs]:
         """Where the records of ``rows`` lie; waits for them. Raises as `Ring.get_many`."""
         ring = self.attach()
         refs = ring.get_many(rows, self.timeout_s, self._tick, self.plan.describe)
         attachment = self._attachment
-        if attachment is None:
-            attachment = self._attachment = Attachment(ring, self._schema(ring))
+        if attachment is None or attachment.ring is not ring:
+            with _attaching:
+                attachment = self._attachment
+                if attachment is None or attachment.ring is not ring:
+                    attachment = self._attachment = Attachment(ring, self._schema(ring))
         return attachment, refs
 
     def close(self) -> None:
@@ -87,6 +92,9 @@ class Reader:
             self._ring.leave()
         self._ring = self._attachment = None
         self.files.close()
+
+    def _closed(self) -> ClosedError:
+        return ClosedError(f"The dataset {self.plan.source.name!r} was closed", dataset=self.plan.source.name)
 
     def _tick(self) -> None:
         ensure_supervisor(self.files)
@@ -101,14 +109,18 @@ class Reader:
 
     # -- travelling to a worker that is spawned --------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
+    def check_can_travel(self) -> None:
+        """Raises a TypeError unless this is pickled for a process that multiprocessing spawns; ClosedError."""
         if self.is_closed:
-            raise ClosedError(f"The dataset {self.plan.source.name!r} was closed", dataset=self.plan.source.name)
+            raise self._closed()
         if get_spawning_popen() is None:
             raise TypeError(
-                "a shmloader dataset can be pickled only on its way to a process that multiprocessing spawns: it is "
-                "made of open files of shared memory"
+                "a shmloader dataset can be pickled or copied only on its way to a process that multiprocessing "
+                "spawns: it is made of open files of shared memory. Make a new one where it is needed."
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.check_can_travel()
         ring = self.files.ring
         fds = (*ring.fds, self.files.payload_fd, self.files.plan_fd)
         return {

@@ -18,7 +18,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import shmloader._native as native
 from shmloader.errors import (
@@ -26,18 +25,19 @@ from shmloader.errors import (
     PoisonedError,
     RecordTooLargeError,
     RingError,
-    RingFullError,
     ServiceError,
     ShmloaderError,
     WaitTimeoutError,
     from_wire,
-    to_wire,
+    ring_full,
+    to_json,
 )
 
 PAGE = 4096
-#: Bytes of the lock inode beyond the clients': who holds them is the supervisor, or is starting one.
+#: Bytes of the lock inode beyond the clients': who holds them is the supervisor, is starting one, or made the set.
 SUPERVISOR_BYTE = 1 << 20
 STARTER_BYTE = SUPERVISOR_BYTE + 1
+CREATOR_BYTE = SUPERVISOR_BYTE + 2
 
 # Only the exit of the interpreter ends all users of a mapping; no deallocation may unmap before that.
 atexit.register(native.set_exiting)
@@ -66,11 +66,16 @@ class RingFiles:
     def create(cls, ring_bytes: int) -> RingFiles:
         """Make the memfds of a new set, the control still empty (see `format_control`)."""
         name = str(uuid_module.uuid4())
-        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        fds = [os.memfd_create(f"shmloader-{part}-{name[:8]}", flags) for part in ("control", "ring", "lock")]
-        os.ftruncate(fds[1], _round_up(ring_bytes, PAGE))
-        for seal in (fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW,):
-            fcntl.fcntl(fds[1], fcntl.F_ADD_SEALS, seal)
+        fds: list[int] = []
+        try:
+            for part in ("control", "ring", "lock"):
+                fds.append(_memfd(f"shmloader-{part}-{name[:8]}"))
+            os.ftruncate(fds[1], _round_up(ring_bytes, PAGE))
+            fcntl.fcntl(fds[1], fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
         return cls(name, *fds)
 
     @property
@@ -161,6 +166,7 @@ class Ring:
         slot, gen = owner if owner is not None else (-1, 0)
         self.slot, self.gen = self.segment.register(role, slot, gen)
         self._lock = threading.Lock()  # one want-list per client: one thread of it waits at a time
+        self._backed_bytes = 0  # as far as this process has seen
 
     @property
     def is_home(self) -> bool:
@@ -189,12 +195,17 @@ class Ring:
             SampleError, DecodeError, ProcessError: a sample cannot be had; as its prefetcher told it.
             SourceError, RingFullError, ServiceError: its chunk cannot be read.
             WaitTimeoutError: nothing at all moved for ``timeout_s``.
+            ServiceError: this is a worker, and its training process is gone.
         """
         packed_ids = array("Q", ids)
         refs, missing = self.segment.get_many(packed_ids, False)
         if missing or self._has_bad(refs):
             with self._lock:
-                refs = self._wait_for(ids, packed_ids, timeout_s, on_tick, describe)
+                try:
+                    refs = self._wait_for(ids, packed_ids, timeout_s, on_tick, describe)
+                except BaseException:
+                    self.segment.get_many(array("Q"), True)  # withdraw the wants
+                    raise
         return Refs(ids, refs)
 
     def _wait_for(
@@ -218,11 +229,12 @@ class Ring:
             if (moved := self.segment.progress()) != progress:
                 progress, since = moved, now
             elif now - since > timeout_s:
-                self.segment.get_many(array("Q"), True)  # withdraw the wants
                 raise self._timed_out(result, now - since, describe)
+            self.segment.reap(False)
+            if self.role == native.WORKER and not self.segment.count(native.OWNER):
+                raise ServiceError("The training process that this worker reads for is gone", role="owner")
             if on_tick is not None:
                 on_tick()
-            self.segment.reap(False)
             self.segment.wait(seen, native.TICK_MS)
 
     @staticmethod
@@ -284,20 +296,28 @@ class Ring:
                 return ticket
             if ticket == native.EXISTS:
                 return None
-            if ticket == native.EXTEND:
-                end = self.segment.stats()["backed_bytes"] + num_bytes
-                status, available, limited_by = self.segment.back(self.files.ring_fd, min(end, self.files.ring_bytes))
-                if status == native.MEMORY:
-                    raise self._no_memory(num_bytes, available, limited_by)
-                continue
-            raise self._no_room(ticket, num_bytes)
+            if ticket != native.EXTEND:
+                raise self._no_room(ticket, num_bytes)
+            self._extend(num_bytes)
+
+    def _extend(self, num_bytes: int) -> None:
+        backed = self.segment.stats()["backed_bytes"]
+        if backed > self._backed_bytes:
+            self._backed_bytes = backed  # another process has extended it: look there first
+            return
+        end = min(backed + num_bytes, self.files.ring_bytes)
+        status, available, limited_by = self.segment.back(self.files.ring_fd, end)
+        if status == native.MEMORY:
+            raise self._no_memory(num_bytes, available, limited_by)
 
     def _no_memory(self, num_bytes: int, available: int, limited_by: str) -> MemoryLimitError:
         stats = self.segment.stats()
+        needed = self._estimate(stats, num_bytes)
         return MemoryLimitError(
-            f"The ring cannot grow beyond {stats['backed_bytes']:,} bytes: {available:,} bytes are available "
-            f"({limited_by}). Give the job more memory, or use a smaller dataset (`split='train[:50%]'`).",
-            needed_bytes=self._estimate(stats, num_bytes),
+            f"There is not enough memory for the ring: about {needed:,} bytes are needed, it has "
+            f"{stats['backed_bytes']:,} and cannot grow, since only {available:,} are available ({limited_by}; a spare "
+            "is left). Give the job more memory, or load a part of the dataset.",
+            needed_bytes=needed,
             have_bytes=stats["backed_bytes"],
             limit=limited_by,
         )
@@ -313,7 +333,7 @@ class Ring:
                 variable="SHMLOADER_RING_BYTES",
             )
         if status == native.MEMORY:
-            return self._no_memory(num_bytes, 0, "as found before")
+            return self._no_memory(num_bytes, *memory_limits()[1:])
         needed = self._estimate(stats, num_bytes)
         return ring_full(needed, stats["ring_bytes"], stats["num_ready"])
 
@@ -337,9 +357,7 @@ class Ring:
 
     def put_error(self, row: int, error: BaseException) -> None:
         """Publish why ``row`` has no sample; readers that ask for it raise it."""
-        wire = to_wire(error)
-        wire["traceback"] = wire["traceback"][-8000:]
-        text = json.dumps(wire).encode()
+        text = to_json(error, native.TEXT_BYTES)
         ticket = self.reserve(row, len(text))
         if ticket is not None:
             record = self.record_of(ticket)
@@ -349,22 +367,7 @@ class Ring:
 
     def put_fatal(self, error: BaseException) -> None:
         """Tell all readers that nothing more will come; the first error wins."""
-        wire = to_wire(error)
-        wire["traceback"] = wire["traceback"][-8000:]
-        wire["message"] = wire["message"][:8000]
-        self.segment.text_put(native.TEXT_FATAL, json.dumps(wire).encode())
-
-
-def ring_full(needed_bytes: int, have_bytes: int, num_ready: int) -> RingFullError:
-    """The error of data that is larger than the ring."""
-    return RingFullError(
-        f"The data does not fit into the ring: about {needed_bytes:,} bytes are needed, the ring has {have_bytes:,} "
-        f"(full after {num_ready:,} samples). Set SHMLOADER_RING_BYTES={_round_up(needed_bytes, 1 << 20) >> 20}MiB "
-        "or more (or Options.ring_bytes).",
-        needed_bytes=needed_bytes,
-        have_bytes=have_bytes,
-        variable="SHMLOADER_RING_BYTES",
-    )
+        self.segment.text_put(native.TEXT_FATAL, to_json(error, native.TEXT_BYTES))
 
 
 def memory_limits() -> tuple[int, int, str]:
@@ -373,11 +376,15 @@ def memory_limits() -> tuple[int, int, str]:
     return int(total), int(available), str(limited_by)
 
 
+def _memfd(name: str) -> int:
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    if fd > 2:
+        return fd
+    try:  # it took the place of a standard stream that is closed
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
+
+
 def _round_up(n: int, step: int) -> int:
     return -(-n // step) * step
-
-
-def shared_text(ring: Ring, which: int) -> Any:
-    """The JSON that was published as text ``which``, or None."""
-    text = ring.segment.text_get(which)
-    return None if text is None else json.loads(text)

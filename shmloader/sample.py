@@ -57,6 +57,14 @@ class Field:
         """The stored dtype."""
         return np.dtype(self.dtype)
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # Fields and schemas are keys of caches that every batch looks into; hashing their items takes microseconds.
+        return hash((self.name, self.dtype, self.shape))
+
     def num_bytes(self, shape: Sequence[int]) -> int:
         """Bytes of one sample's value of ``shape``."""
         return math.prod(shape) * self.numpy_dtype.itemsize
@@ -73,6 +81,18 @@ class Schema:
     fields: tuple[Field, ...]
     task_type: str
     sources: tuple[str, ...]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.fields, self.task_type, self.sources))
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The keys of a sample that has all fields, in order."""
+        return (*(field.name for field in self.fields), "task_type", "source")
 
     def to_json(self) -> str:
         """A text from which `from_json` makes an equal schema."""

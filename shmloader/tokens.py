@@ -2,7 +2,7 @@
 
 ::
 
-    worker:   lease = lease_slot(n) ─▶ gather into lease.part(...) ─▶ WorkerBatch ─▶ queue (pickled here: a token)
+    worker:   lease = ring.lease(n) ─▶ gather into lease.part(...) ─▶ WorkerBatch ─▶ queue (pickled here: a token)
     trainer:  token unpickled ─▶ slot adopted ─▶ plain dict of tensors ─▶ the last tensor dies ─▶ slot is free
 
 One batch ring per training process, for all of its datasets; made with the first of them, inherited by workers with
@@ -11,19 +11,21 @@ fork or handed over with spawn. Nobody ever waits for a slot: with none free a b
 
 from __future__ import annotations
 
+import math
 import os
+import threading
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 import shmloader._native as native
 from shmloader.errors import StaleTokenError
 from shmloader.ring import memory_limits
-from shmloader.views import Sample, WorkerBatch, tensor_over
+from shmloader.views import Part, Sample, WorkerBatch, tensor_over
 
 #: Slots that one worker may have at once: two batches queued (prefetch_factor), one being filled, two that the training
 #: loop holds, and one over.
@@ -33,6 +35,11 @@ BUDGET_SHARE = 1 / 16
 MAX_BUDGET_BYTES = 4 << 30
 #: Address space per byte of budget: slots of outgrown sizes leave gaps in it, not in memory.
 ADDRESSES_PER_BYTE = 4
+#: Address space on top, for the header and a little budget.
+ADDRESSES_AT_LEAST = 64 << 20
+
+#: A slot as the core gives and takes it: offset, capacity, index, generation.
+Slot = tuple[int, int, int, int]
 
 
 @dataclass
@@ -45,17 +52,18 @@ class Counters:
 
 
 class BatchRing:
-    """This process's handle to a batch ring."""
+    """This process's handle to a batch ring.
 
-    def __init__(self, fd: int, uuid: str, role: int) -> None:
-        self.fd = fd
+    budget_bytes: for all slots together; given by the training process, which formats the ring. None: be a worker.
+    """
+
+    def __init__(self, fd: int, uuid: str, budget_bytes: int | None = None) -> None:
         self.uuid = uuid
         self.mapping = native.Mapping(fd, os.fstat(fd).st_size, True, "batch ring")
-        if role == native.OWNER:
-            budget = min(int(memory_limits()[0] * BUDGET_SHARE), MAX_BUDGET_BYTES)
-            native.format_batch(self.mapping, budget)
+        if budget_bytes is not None:
+            native.format_batch(self.mapping, budget_bytes)
         self.ring = native.BatchRing(self.mapping, fd)
-        self.client = self.ring.register(role)
+        self.ring.register(native.WORKER if budget_bytes is None else native.OWNER)
         self.counters = Counters()
 
     def lease(self, num_bytes: int) -> Lease | None:
@@ -67,7 +75,7 @@ class BatchRing:
 class Lease:
     """A slot that this worker fills; free again when it dies unsent."""
 
-    def __init__(self, owner: BatchRing, slot: tuple[int, int, int, int]) -> None:
+    def __init__(self, owner: BatchRing, slot: Slot) -> None:
         self._owner = owner
         self.slot = slot
         self.is_sent = False
@@ -76,9 +84,14 @@ class Lease:
         """An exporter of bytes of the slot, which keeps this lease."""
         return self._owner.mapping.view(self.slot[0] + offset, num_bytes, self)
 
-    def send(self) -> tuple[str, tuple[int, int, int, int], int]:
-        """Hand the slot over: (batch ring, slot, how many slots this worker can count on)."""
-        self._owner.ring.send(self.slot)
+    def send(self) -> tuple[str, Slot, int]:
+        """Hand the slot over; returns its token: (batch ring, slot, how many slots this worker can count on).
+
+        Raises:
+            StaleTokenError: the slot is not this worker's any more.
+        """
+        if self._owner.ring.send(self.slot) != 0:
+            raise _stale(self.slot)
         self.is_sent = True
         return (self._owner.uuid, self.slot, MAX_SLOTS_PER_WORKER)
 
@@ -92,7 +105,7 @@ class Hold:
 
     __slots__ = ("_owner", "_slot")
 
-    def __init__(self, owner: BatchRing, slot: tuple[int, int, int, int]) -> None:
+    def __init__(self, owner: BatchRing, slot: Slot) -> None:
         self._owner = owner
         self._slot = slot
 
@@ -111,31 +124,43 @@ class _BatchFiles:
 
 
 _known: _BatchFiles | None = None
+_lock = threading.RLock()  # guards `_known` and its handle; RLock: a tensor that dies meanwhile may come here
 
 
 def open_batch_ring() -> None:
-    """Make the batch ring of this training process, if there is none. With the first dataset; stays until exit."""
+    """Make the batch ring of this training process, if there is none. With the first dataset; stays until exit.
+
+    A DataLoader worker has none of its own, also if it makes a dataset: what it sends is for its training process.
+    """
     global _known
-    if _known is not None and _known.owner_pid == os.getpid():
-        return
-    name = os.urandom(8).hex()
-    fd = os.memfd_create(f"shmloader-batch-{name}", os.MFD_CLOEXEC)
-    budget = min(int(memory_limits()[0] * BUDGET_SHARE), MAX_BUDGET_BYTES)
-    os.ftruncate(fd, ADDRESSES_PER_BYTE * budget)
-    _known = _BatchFiles(fd, name, os.getpid(), BatchRing(fd, name, native.OWNER))
+    with _lock:
+        if get_worker_info() is not None or (_known is not None and _known.owner_pid == os.getpid()):
+            return
+        uuid = os.urandom(8).hex()
+        budget_bytes = min(int(memory_limits()[0] * BUDGET_SHARE), MAX_BUDGET_BYTES)
+        fd = os.memfd_create(f"shmloader-batch-{uuid}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(fd, ADDRESSES_PER_BYTE * budget_bytes + ADDRESSES_AT_LEAST)
+            _known = _BatchFiles(fd, uuid, os.getpid(), BatchRing(fd, uuid, budget_bytes))
+        except BaseException:
+            os.close(fd)
+            raise
 
 
 def batch_ring() -> BatchRing | None:
     """This process's handle, attached on first use and again after a fork; None if there is no batch ring."""
-    if _known is None:
-        return None
-    if _known.handle is None or not _known.handle.mapping.is_home:
-        _known.handle = BatchRing(_known.fd, _known.uuid, native.WORKER)
-    return _known.handle
+    known = _known
+    if known is None or (known.handle is not None and known.handle.mapping.is_home):
+        return None if known is None else known.handle
+    with _lock:
+        if known.handle is None or not known.handle.mapping.is_home:
+            known.handle = BatchRing(known.fd, known.uuid)
+        return known.handle
 
 
 def known_files() -> tuple[Any, str, int] | None:
-    """The batch ring as it travels to a spawned worker; for `join`."""
+    """The batch ring as it travels to a process that is spawned; for `join`."""
+    _have_own()
     return None if _known is None else (reduction.DupFd(_known.fd), _known.uuid, _known.owner_pid)
 
 
@@ -145,21 +170,50 @@ def join(files: tuple[Any, str, int] | None) -> None:
     if files is None:
         return
     fd = files[0].detach()
-    if _known is not None and _known.uuid == files[1]:
-        return  # with the dataset before this one; the descriptor is the same
-    _known = _BatchFiles(fd, files[1], files[2])
+    with _lock:
+        # Known with the dataset before this one: then `fd` is the same, or (forkserver) a duplicate, which stays open
+        # since closing any descriptor of a file gives up the locks that tell others that this process lives.
+        if _known is None or _known.uuid != files[1]:
+            _known = _BatchFiles(fd, files[1], files[2])
+
+
+def _have_own() -> None:
+    """Before this process has a child, which may be its DataLoader worker: a ring for what comes back.
+
+    It has none yet if it was a child itself, of a training process from which it has its datasets.
+    """
+    if _known is not None and _known.owner_pid != os.getpid():
+        open_batch_ring()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(before=_have_own, after_in_child=_after_fork)
 
 
 # -- crossing the queue ------------------------------------------------------------------------------------
 
 
+def is_plain(value: Any) -> bool:
+    """Whether ``value`` is a tensor that is no more than its bytes."""
+    return (
+        type(value) is torch.Tensor
+        and value.device.type == "cpu"
+        and value.layout == torch.strided
+        and not (value.requires_grad or value.is_quantized)
+    )
+
+
 def _pack(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split into CPU tensors, as (dtype, shape, bytes), and the rest."""
+    """Split into plain tensors, as (dtype, shape, bytes), and the rest."""
     tensors, rest = {}, {}
     for name, value in values.items():
-        if type(value) is torch.Tensor and value.device.type == "cpu" and value.layout == torch.strided:
-            array = value.detach().contiguous().view(-1).view(torch.uint8).numpy() if value.numel() else b""
-            tensors[name] = (value.dtype, tuple(value.shape), bytes(array))
+        if is_plain(value):
+            whole = value.resolve_conj().resolve_neg().contiguous().view(-1)
+            tensors[name] = (value.dtype, tuple(value.shape), whole.view(torch.uint8).numpy().tobytes())
         else:
             rest[name] = value
     return tensors, rest
@@ -170,22 +224,6 @@ def _unpack(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: tensor_over(bytearray(data), dtype, shape) for name, (dtype, shape, data) in tensors.items()}
 
 
-def _reduce_batch(batch: WorkerBatch) -> tuple[Any, ...]:
-    order = list(batch) if batch._is_filled else [*batch.parts, *batch.plain]
-    names = list(batch.in_slot())
-    inline, rest = _pack(batch.extra())
-    if not names or batch.lease.is_sent:
-        values, rest = _pack(dict(batch))
-        return _receive_inline, (order, values, rest)
-    parts = {name: batch.parts[name] for name in names}
-    return _receive, (batch.lease.send(), order, parts, inline, rest)
-
-
-def _reduce_sample(sample: Sample) -> tuple[Any, ...]:
-    tensors, rest = _pack(dict(sample))
-    return _receive_inline, (list(sample), tensors, rest)
-
-
 class InlineBatch(dict[str, Any]):
     """A batch in a worker for which there was no slot: private tensors, which cross the queue as bytes."""
 
@@ -193,50 +231,76 @@ class InlineBatch(dict[str, Any]):
         return (dict, (dict(self),))
 
 
-def _reduce_inline(batch: InlineBatch) -> tuple[Any, ...]:
+class _Token:
+    """A lease on its way through the queue; sent once everything before it is pickled, so that it is not in vain."""
+
+    def __init__(self, lease: Any) -> None:
+        self.lease = lease
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (self.lease.send(),)
+
+
+def _reduce_batch(batch: WorkerBatch) -> tuple[Any, ...]:
+    parts = batch.in_slot()
+    if not parts or batch.lease.is_sent:
+        return _reduce_inline(dict(batch))
+    inline, rest = _pack(batch.extra())
+    return _receive, (batch.names(), parts, inline, rest, _Token(batch.lease))
+
+
+def _reduce_inline(batch: dict[str, Any]) -> tuple[Any, ...]:
     tensors, rest = _pack(batch)
     return _receive_inline, (list(batch), tensors, rest)
 
 
-def _receive_inline(order: list[str], tensors: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+def _reduce_sample(sample: Sample) -> tuple[Any, ...]:
+    return _reduce_inline(dict(sample))
+
+
+def _receive_inline(names: list[str], tensors: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
     ring = batch_ring()
     if ring is not None:
         ring.counters.inline += 1
     found = {**_unpack(tensors), **rest}
-    return {name: found[name] for name in order}
+    return {name: found[name] for name in names}
 
 
 def _receive(
-    token: tuple[str, tuple[int, int, int, int], int],
-    order: list[str],
-    parts: dict[str, tuple[int, torch.dtype, tuple[int, ...]]],
-    inline: dict[str, Any],
-    rest: dict[str, Any],
+    names: list[str], parts: dict[str, Part], inline: dict[str, Any], rest: dict[str, Any], token: tuple[str, Slot, int]
 ) -> dict[str, Any]:
-    """Adopt a slot, once; in the training process (or its pin-memory thread), while the queue is unpickled."""
+    """Adopt a slot, once; in the training process (or its pin-memory thread), while the queue is unpickled.
+
+    Raises:
+        StaleTokenError: the slot is not what was sent any more.
+    """
     uuid, slot, limit = token
     ring = batch_ring()
     held = ring.ring.adopt(slot) if ring is not None and ring.uuid == uuid else None
     if ring is None or not isinstance(held, tuple):
-        raise StaleTokenError(
-            "A batch arrived after its slot of the batch ring had been given to another one: its worker died, or the "
-            "token was unpickled twice or in another process than the one that runs the DataLoader.",
-            slot=slot[2],
-            generation=slot[3],
-        )
+        raise _stale(slot)
     hold = Hold(ring, slot)
     # Held batches must not starve the worker: it cannot wait for a slot, since batches are delivered in order.
     is_copied = held[0] > limit // 2
     found: dict[str, Any] = {**_unpack(inline), **rest}
     for name, (offset, dtype, shape) in parts.items():
-        num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        tensor = tensor_over(ring.mapping.view(slot[0] + offset, num_bytes, hold), dtype, shape)
+        exporter = ring.mapping.view(slot[0] + offset, math.prod(shape) * dtype.itemsize, hold)
+        tensor = tensor_over(exporter, dtype, shape)
         found[name] = tensor.clone() if is_copied else tensor
     if is_copied:
         ring.counters.copied += 1
     else:
         ring.counters.in_slots += 1
-    return {name: found[name] for name in order}
+    return {name: found[name] for name in names}
+
+
+def _stale(slot: Slot) -> StaleTokenError:
+    return StaleTokenError(
+        "A batch arrived after its slot of the batch ring had been given to another one: its worker died, or the "
+        "token was unpickled twice or in another process than the one that runs the DataLoader.",
+        slot=slot[2],
+        generation=slot[3],
+    )
 
 
 ForkingPickler.register(WorkerBatch, _reduce_batch)

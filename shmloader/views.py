@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,6 +23,12 @@ import torch
 from shmloader.reader import Attachment
 from shmloader.ring import Refs
 from shmloader.sample import Field
+
+if TYPE_CHECKING:
+    from shmloader.tokens import Lease
+
+#: Where a tensor lies in a slot: (offset in bytes, dtype, shape).
+Part = tuple[int, torch.dtype, tuple[int, ...]]
 
 _TORCH_DTYPES: dict[str, torch.dtype] = {}
 
@@ -41,11 +49,15 @@ def tensor_over(exporter: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> to
     return torch.frombuffer(exporter, dtype=dtype, count=count).view(shape)
 
 
-class LazyDict(dict[str, Any]):
-    """A dict that is filled by `_fill` when it is first looked into.
+#: Lies in a dict that is not filled yet: json's C encoder asks how many items there are before it asks for them.
+_PLACEHOLDER = ("", None)
 
-    Whatever reads or changes it fills it first, C callers included: they go by ``keys`` and ``__getitem__``
-    for a dict subclass that has its own ``__iter__``.
+
+class LazyDict(dict[str, Any]):
+    """A dict that gets its items from `_items` when it is first looked into.
+
+    Whatever reads or changes it fills it first, C callers included: they go by ``keys``, ``items`` and
+    ``__getitem__`` for a dict subclass that has its own ``__iter__``.
     """
 
     __slots__ = ("_is_filled",)
@@ -54,13 +66,24 @@ class LazyDict(dict[str, Any]):
         self._is_filled = True
         super().__init__(*args, **kwargs)
 
-    def _fill(self) -> None:
+    def _items(self) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _open(self) -> None:
-        if not self._is_filled:
-            self._is_filled = True
-            self._fill()
+    def _fill(self) -> None:
+        with _filling_lock:
+            if not self._is_filled:
+                items = self._items()
+                dict.clear(self)
+                dict.update(self, items)
+                self._is_filled = True
+
+    def __eq__(self, other: object) -> bool:
+        return dict(self) == (dict(other) if isinstance(other, LazyDict) else other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None
 
     def __or__(self, other: Any) -> Any:
         return dict(self) | other
@@ -74,7 +97,7 @@ def _filling(name: str) -> Callable[..., Any]:
 
     def method(self: LazyDict, *args: Any, **kwargs: Any) -> Any:
         if not self._is_filled:
-            self._open()
+            self._fill()
         return plain(self, *args, **kwargs)
 
     method.__name__ = name
@@ -85,16 +108,10 @@ def _filling(name: str) -> Callable[..., Any]:
 _FILLING = (
     "__contains__",
     "__delitem__",
-    "__eq__",
-    "__ge__",
     "__getitem__",
-    "__gt__",
     "__ior__",
     "__iter__",
-    "__le__",
     "__len__",
-    "__lt__",
-    "__ne__",
     "__repr__",
     "__reversed__",
     "__setitem__",
@@ -112,13 +129,19 @@ _FILLING = (
 for _name in _FILLING:
     setattr(LazyDict, _name, _filling(_name))
 
+# Threads may open the same sample. One lock for all: it is held for microseconds, and not worth a slot in each.
+_filling_lock = threading.RLock()
+# Another thread of the parent may have held it when this process was forked.
+os.register_at_fork(after_in_child=lambda: globals().update(_filling_lock=threading.RLock()))
+
 
 class Sample(LazyDict):
     """One sample: field name → tensor, plus ``task_type`` and ``source``.
 
     Made by a dataset, its tensors lie in shared memory: they are read-only (an in-place write ends the process
-    with a message that says so), and stay valid as long as one of them lives. ``copy.copy``, ``copy.deepcopy``
-    and ``pickle`` give private copies.
+    with a message that says so), and stay valid as long as one of them lives, also when the dataset is closed.
+    Valid in this process only, not in one that it forks. ``copy.copy``, ``copy.deepcopy`` and ``pickle`` give
+    private copies; ``dict(sample)`` and ``sample.copy()`` give a dict of the same views.
     """
 
     __slots__ = ("_attachment", "_index", "_refs", "_views", "_writable")
@@ -128,7 +151,7 @@ class Sample(LazyDict):
         self._attachment: Attachment | None = None
         self._refs: Refs | None = None
         self._index = 0
-        self._views: dict[str, Any] | None = None
+        self._views: dict[str, Any] = {}
         self._writable = False
 
     @classmethod
@@ -136,54 +159,44 @@ class Sample(LazyDict):
         """The sample of the ``index``-th record of ``refs``; private copies with ``writable``."""
         self: Sample = cls.__new__(cls)
         self._is_filled = False
+        dict.__setitem__(self, *_PLACEHOLDER)
         self._attachment = attachment
         self._refs = refs
         self._index = index
-        self._views = None
         self._writable = writable
         return self
 
-    def _fill(self) -> None:
+    def _items(self) -> dict[str, Any]:
         assert self._attachment is not None
         assert self._refs is not None
         schema, ring = self._attachment.schema, self._attachment.ring
         offset, num_bytes = self._refs.place(self._index)
         entries = ring.segment.fields(offset, num_bytes, len(schema.fields))
+        items: dict[str, Any] = {}
         views: dict[str, Any] = {}
         for field, entry in zip(schema.fields, entries, strict=True):
             if entry is None:
                 continue
-            value, is_view = self._value(field, offset, entry)
-            dict.__setitem__(self, field.name, value)
+            at, size, dims = entry
+            exporter = ring.mapping.view(offset + at, size)
+            items[field.name], is_view = _value(field, exporter, dims[: len(field.shape)], self._writable)
             if is_view:
-                views[field.name] = value
-        views["task_type"] = schema.task_type
-        views["source"] = schema.sources[0]
-        dict.__setitem__(self, "task_type", schema.task_type)
-        dict.__setitem__(self, "source", schema.sources[0])
+                views[field.name] = items[field.name]
+        for name, text in (("task_type", schema.task_type), ("source", schema.sources[0])):
+            items[name] = views[name] = text
         self._views = views
+        return items
 
-    def _value(self, field: Field, offset: int, entry: tuple[int, int, tuple[int, ...]]) -> tuple[Any, bool]:
-        """The field's value, and whether it is a view of the ring that can only be replaced, not changed."""
-        assert self._attachment is not None
-        at, num_bytes, dims = entry
-        exporter = self._attachment.ring.mapping.view(offset + at, num_bytes)
-        if field.is_text:
-            return bytes(memoryview(exporter)).decode(), True
-        value = tensor_over(exporter, torch_dtype(field.numpy_dtype), dims[: len(field.shape)])
-        if field.scale is not None and field.shift is not None:
-            ones = (-1,) + (1,) * (len(field.shape) - 1)
-            scale, shift = (torch.tensor(v, dtype=torch.float32).view(ones) for v in (field.scale, field.shift))
-            return value.to(torch.float32).mul_(scale).add_(shift), False
-        return (value.clone(), False) if self._writable else (value, True)
-
-    def untouched(self) -> bool:
-        """Every field is still the record's: nothing was ever made of it."""
+    def is_untouched(self) -> bool:
+        """Nobody has looked into it: every field is the record's."""
         return not self._is_filled
 
-    def views(self) -> dict[str, Any] | None:
-        """The views that were handed out; None if this sample is not of a record (any more)."""
-        return self._views if self._refs is not None else None
+    def is_view(self, name: str) -> bool:
+        """Whether field ``name`` still is the view of the record that was made for it, so has the record's value.
+
+        False for a private copy, which may have been written to, and for what the user has set.
+        """
+        return not self._is_filled or (name in self._views and self.get(name) is self._views[name])
 
     def __copy__(self) -> Sample:
         return Sample({key: _private(value) for key, value in self.items()})
@@ -195,6 +208,18 @@ class Sample(LazyDict):
         return (dict, ({key: _private(value) for key, value in self.items()},))
 
 
+def _value(field: Field, exporter: Any, shape: tuple[int, ...], writable: bool) -> tuple[Any, bool]:
+    """The field's value, and whether it is a view of the ring: one that can be replaced, but not changed."""
+    if field.is_text:
+        return bytes(memoryview(exporter)).decode(), True
+    value = tensor_over(exporter, torch_dtype(field.numpy_dtype), shape)
+    if field.scale is not None and field.shift is not None:
+        ones = (-1,) + (1,) * (len(field.shape) - 1)
+        scale, shift = (torch.tensor(v, dtype=torch.float32).view(ones) for v in (field.scale, field.shift))
+        return value.to(torch.float32).mul_(scale).add_(shift), False
+    return (value.clone(), False) if writable else (value, True)
+
+
 def _private(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
@@ -202,38 +227,42 @@ def _private(value: Any) -> Any:
 class WorkerBatch(LazyDict):
     """A batch in a DataLoader worker: tensors over a slot of the batch ring, made when somebody looks.
 
-    parts: name → (offset in the slot, dtype, shape). lease: the slot, given back when it was never sent.
+    They may be written to. parts: name → (offset in the slot, dtype, shape). plain: the other fields.
+    lease: the slot, given back when it was never sent.
     """
 
-    __slots__ = ("lease", "made", "parts", "plain")
+    __slots__ = ("_made", "lease", "parts", "plain")
 
-    def __init__(self, lease: Any, parts: dict[str, tuple[int, torch.dtype, tuple[int, ...]]], plain: dict[str, Any]):
-        super().__init__()
+    def __init__(self, lease: Lease, parts: dict[str, Part], plain: dict[str, Any]):
         self._is_filled = False
+        dict.__setitem__(self, *_PLACEHOLDER)
         self.lease = lease
         self.parts = parts
         self.plain = plain
-        self.made: dict[str, torch.Tensor] = {}
+        self._made: dict[str, torch.Tensor] = {}
 
-    def _fill(self) -> None:
+    def _items(self) -> dict[str, Any]:
         for name, (offset, dtype, shape) in self.parts.items():
-            self.made[name] = tensor_over(self.lease.part(offset, math.prod(shape) * dtype.itemsize), dtype, shape)
-            dict.__setitem__(self, name, self.made[name])
-        for name, value in self.plain.items():
-            dict.__setitem__(self, name, value)
+            exporter = self.lease.part(offset, math.prod(shape) * dtype.itemsize)
+            self._made[name] = tensor_over(exporter, dtype, shape)
+        return {**self._made, **self.plain}
 
-    def in_slot(self) -> Iterator[str]:
-        """The names of the fields that still are what lies in the slot."""
-        for name in self.parts:
-            if not self._is_filled or (name in self and self[name] is self.made[name]):
-                yield name
+    def names(self) -> list[str]:
+        """The names of its fields, in order."""
+        return list(self) if self._is_filled else [*self.parts, *self.plain]
+
+    def in_slot(self) -> dict[str, Part]:
+        """The fields that still are what lies in the slot."""
+        if not self._is_filled:
+            return self.parts
+        return {name: part for name, part in self.parts.items() if self.get(name) is self._made[name]}
 
     def extra(self) -> dict[str, Any]:
-        """Everything else, as it is now."""
+        """All other fields, as they are now."""
         if not self._is_filled:
             return self.plain
-        kept = set(self.in_slot())
-        return {name: value for name, value in self.items() if name not in kept}
+        in_slot = self.in_slot()
+        return {name: value for name, value in self.items() if name not in in_slot}
 
     def __copy__(self) -> dict[str, Any]:
         return dict(self)

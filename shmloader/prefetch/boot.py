@@ -1,10 +1,11 @@
-"""Entry of every service: ``python boot.py ROLE FDS``. Imports nothing of the package before `sys.path` is set.
+"""Entry of every service: ``python boot.py ROLE FDS PARENT``. Imports nothing of the package before `sys.path` is set.
 
-FDS is the JSON object {name: descriptor} of what the process inherited.
+FDS is the JSON object {name: descriptor} of what the process inherited, PARENT the pid of whoever started it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,6 +25,8 @@ def main() -> None:
     size = int.from_bytes(os.pread(fds["payload"], 8, 0), "little")
     head = json.loads(os.pread(fds["payload"], size, 8))
     sys.path[:] = head["sys_path"]
+    with contextlib.suppress(OSError):  # relative names are those of the process that made the set
+        os.chdir(head["cwd"])
 
     import logging
 
@@ -34,6 +37,11 @@ def main() -> None:
     )
     import importlib
 
+    if role != "supervisor":
+        import shmloader._native as native
+
+        if not native.die_with_parent(int(sys.argv[3])):
+            return
     importlib.import_module(f"shmloader.prefetch.{role}").main(fds, head)
 
 

@@ -12,7 +12,6 @@ import json
 import os
 import select
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,10 +19,12 @@ import shmloader._native as native
 from shmloader.errors import ServiceError, from_wire
 from shmloader.prefetch.plan import SetPlan, read_plan
 from shmloader.prefetch.spawn import spawn
-from shmloader.ring import STARTER_BYTE, SUPERVISOR_BYTE, RingFiles
+from shmloader.ring import CREATOR_BYTE, STARTER_BYTE, SUPERVISOR_BYTE, RingFiles
 
 #: A fresh interpreter takes 0.1 s to take its byte; on a machine that swaps, much longer (guessed).
 START_TIMEOUT_S = 30.0
+#: A supervisor that is killed while it starts says nothing against the next one; this many in a row do (guessed).
+START_ATTEMPTS = 3
 
 _starting = threading.Lock()  # POSIX locks do not exclude threads of one process
 # Another thread of the parent may have held it when this process was forked.
@@ -62,15 +63,10 @@ def start_set(files: SetFiles) -> SetPlan:
     Raises:
         SourceError, OptionError, …: what the planner found; ServiceError: it died without a word.
     """
-    reader, writer = os.pipe()
-    try:
-        _spawn_supervisor(files, writer)
-    finally:
-        os.close(writer)
-    try:
+    # Until this process is a client, this says that it lives. Given up by closing the files, or by dying.
+    fcntl.lockf(files.ring.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, CREATOR_BYTE)
+    with _supervisor(files, "status") as reader:
         answer = _read_all(reader)
-    finally:
-        os.close(reader)
     if not answer:
         raise ServiceError(
             "The supervisor process died while it was starting; what it wrote to stderr may say why. "
@@ -89,6 +85,9 @@ def ensure_supervisor(files: SetFiles) -> bool:
     """See that a supervisor lives; start one if not. True if this call started one.
 
     For any attached client, when it has to wait: costs a system call when all is well.
+
+    Raises:
+        ServiceError: none comes up.
     """
     lock_fd = files.ring.lock_fd
     if native.byte_holder(lock_fd, SUPERVISOR_BYTE) or not _starting.acquire(blocking=False):
@@ -97,21 +96,34 @@ def ensure_supervisor(files: SetFiles) -> bool:
         with _byte(lock_fd, STARTER_BYTE) as mine:
             if not mine or native.byte_holder(lock_fd, SUPERVISOR_BYTE):
                 return False
-            _spawn_supervisor(files, None)
-            until = time.monotonic() + START_TIMEOUT_S
-            while not native.byte_holder(lock_fd, SUPERVISOR_BYTE):
-                if time.monotonic() > until:
-                    raise ServiceError("A new supervisor process did not come up", role="supervisor")
-                select.select([], [], [], 0.01)
-            return True
+            for _ in range(START_ATTEMPTS):
+                with _supervisor(files, "up") as reader:
+                    if select.select([reader], [], [], START_TIMEOUT_S)[0] and os.read(reader, 1):
+                        return True
+                if native.byte_holder(lock_fd, SUPERVISOR_BYTE):
+                    return False
+            raise ServiceError(
+                f"The set's supervisor process is gone, and {START_ATTEMPTS} new ones did not come up; what they wrote "
+                "to stderr may say why (memory, or the limit on processes?).",
+                role="supervisor",
+            )
     finally:
         _starting.release()
 
 
-def _spawn_supervisor(files: SetFiles, status_fd: int | None) -> None:
-    fds = files.fds() | ({} if status_fd is None else {"status": status_fd})
-    # It forks at once; what we wait for is the launcher, so that no zombie stays with the user's process.
-    spawn("supervisor", fds).wait()
+@contextlib.contextmanager
+def _supervisor(files: SetFiles, answer: str) -> Iterator[int]:
+    """Start a supervisor; gives the end of a pipe from which to read its ``answer`` ("status": plans first; "up")."""
+    reader, writer = os.pipe()
+    try:
+        try:
+            # It forks at once; what we wait for is the launcher, so that no zombie stays with the user's process.
+            spawn("supervisor", files.fds() | {answer: writer}).wait()
+        finally:
+            os.close(writer)
+        yield reader
+    finally:
+        os.close(reader)
 
 
 def _read_all(fd: int) -> bytes:

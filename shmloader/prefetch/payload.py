@@ -18,6 +18,9 @@ from typing import Any
 from shmloader.errors import OptionError
 from shmloader.sources.base import SourceRequest
 
+#: What a user calls a part, where that is not its name.
+_ARGUMENTS = {"request": "dataset_name"}
+
 
 @dataclass(frozen=True)
 class Work:
@@ -42,7 +45,7 @@ def write(work: Work, head: dict[str, Any]) -> int:
         try:
             parts[name] = cloudpickle.dumps(getattr(work, name))
         except Exception as error:
-            argument = "dataset_name" if name == "request" else name
+            argument = _ARGUMENTS.get(name, name)
             raise OptionError(
                 f"{argument}= cannot be sent to the prefetch processes: {type(error).__name__}: {error}. It must be "
                 "picklable by cloudpickle: leave open files, locks, connections and generators out of it, or make them "
@@ -52,20 +55,49 @@ def write(work: Work, head: dict[str, Any]) -> int:
                 allowed="a picklable object",
             ) from error
     body = cloudpickle.dumps(parts)
-    text = json.dumps({**head, "sys_path": [path or str(Path.cwd()) for path in sys.path]}).encode()
+    cwd = _folder()
+    text = json.dumps({**head, "cwd": cwd, "sys_path": [str(path) or cwd for path in sys.path]}).encode()
     fd = os.memfd_create("shmloader-payload", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with os.fdopen(os.dup(fd), "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text + body)
-    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    try:
+        with os.fdopen(os.dup(fd), "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text + body)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
+def _folder() -> str:
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError:  # it was removed
+        return "/"
+
+
 def read_work(fd: int) -> Work:
-    """The pickled part of the payload in ``fd``; imports whatever the user's objects need."""
+    """The pickled part of the payload in ``fd``; imports whatever the user's objects need.
+
+    Raises:
+        OptionError: one of them cannot be made here; names it.
+    """
     import pickle
 
     size = os.fstat(fd).st_size
     head = 8 + int.from_bytes(os.pread(fd, 8, 0), "little")
     parts = pickle.loads(os.pread(fd, size - head, head))
-    return Work(**{name: pickle.loads(data) for name, data in parts.items()})
+    loaded = {}
+    for name, data in parts.items():
+        try:
+            loaded[name] = pickle.loads(data)
+        except (Exception, SystemExit) as error:
+            argument = _ARGUMENTS.get(name, name)
+            raise OptionError(
+                f"{argument}= cannot be loaded in the prefetch processes: {type(error).__name__}: {error}. What it "
+                "imports must be importable in a fresh interpreter with the same sys.path.",
+                name=argument,
+                value=type(error).__name__,
+                allowed="an object that can be unpickled in another process",
+            ) from error
+    return Work(**loaded)

@@ -37,7 +37,8 @@ def write_failure(fd: int, wire: dict[str, Any]) -> None:
 
 
 def read_parts(fd: int) -> tuple[Layout, str, str | None] | None:
-    """What `write_parts` stored: layout, and the texts of source and schema; None if nothing was written yet.
+    """What `write_parts` stored: layout, and the texts of source and schema; None if nothing was written
+    yet, or not all of it.
 
     Raises:
         ShmloaderError: what the planner stored with `write_failure`.
@@ -45,7 +46,10 @@ def read_parts(fd: int) -> tuple[Layout, str, str | None] | None:
     data = os.pread(fd, os.fstat(fd).st_size, 0)
     if not data:
         return None
-    raw = json.loads(data)
+    try:
+        raw = json.loads(data)
+    except ValueError:
+        return None  # its writer was killed over it
     if "error" in raw:
         raise from_wire(raw["error"])
     return Layout(**raw["layout"]), raw["source"], raw["schema"]

@@ -28,5 +28,5 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
     """Write the plan, or why there is none, into the plan memfd."""
     try:
         write_plan(fds["plan"], make_plan(fds))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         write_failure(fds["plan"], to_wire(error))

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 import shmloader._native as native
 from shmloader import processors
-from shmloader.errors import RingError, SampleError, ServiceError, ShmloaderError
+from shmloader.errors import ProcessError, RecordTooLargeError, RingError, SampleError, ServiceError, ShmloaderError
 from shmloader.prefetch.payload import read_work
 from shmloader.prefetch.plan import SetPlan, read_plan
 from shmloader.processors.base import Processor, Rows
@@ -42,6 +42,8 @@ class Prefetcher:
         self.processors = built
         self.reader = reader
         self.schema = plan.schema
+        if self.schema is None and ring.segment.text_get(native.TEXT_SCHEMA) is not None:
+            self._adopt()
 
     def run(self) -> None:
         """Work until every chunk is done or cannot be had."""
@@ -62,18 +64,33 @@ class Prefetcher:
     def _do(self, index: int) -> None:
         chunk = self.plan.source.chunks[index]
         try:
-            self._fill(chunk)
+            try:
+                self._fill(chunk)
+            except RingError:
+                raise
+            except Exception as error:
+                log.error("chunk %d: %s", index, error, exc_info=not isinstance(error, ShmloaderError))
+                self.ring.put_error(native.CHUNK_ERROR | index, self._of_chunk(error, chunk))
+                self.ring.segment.finish(index, True)
+            else:
+                self.ring.segment.finish(index, False)
         except RingError as error:
             # No room: nothing more can be stored, for this chunk or any other.
             log.error("%s", error)
             self.ring.put_fatal(error)
+            self.ring.leave()
             raise SystemExit(0) from error
-        except ShmloaderError as error:
-            log.error("chunk %d: %s", index, error)
-            self.ring.put_error(native.CHUNK_ERROR | index, error)
-            self.ring.segment.finish(index, True)
-        else:
-            self.ring.segment.finish(index, False)
+
+    def _of_chunk(self, error: Exception, chunk: Chunk) -> Exception:
+        if isinstance(error, ShmloaderError):
+            return error
+        told = ServiceError(
+            f"{self.plan.describe(chunk.first_row)} and the {chunk.num_rows - 1} after it cannot be processed: "
+            f"{type(error).__name__}: {error}",
+            role="prefetcher",
+        )
+        told.__cause__ = error
+        return told
 
     def _fill(self, chunk: Chunk) -> None:
         segment = self.ring.segment
@@ -92,60 +109,78 @@ class Prefetcher:
             del begun, batch
 
     def _put(self, row: int, i: int, begun: Sequence[Rows], chunk: Chunk) -> None:
-        ticket = None
         try:
-            shapes: dict[str, tuple[int, ...]] = {}
-            for rows in begun:
+            self._make(row, i, begun)
+        except RecordTooLargeError as error:
+            raise self._place(error, row, chunk) from error
+        except RingError:
+            raise
+        except Exception as error:
+            self.ring.put_error(row, self._place(error, row, chunk))
+
+    def _make(self, row: int, i: int, begun: Sequence[Rows]) -> None:
+        shapes: dict[str, tuple[int, ...]] = {}
+        for rows in begun:
+            shapes.update(rows.shapes(i))
+        if self.schema is None and self._agree():
+            for rows in begun:  # what another prefetcher found first is what every row must have
                 shapes.update(rows.shapes(i))
-            layout = RecordLayout(self._schema(), shapes)
-            ticket = self.ring.reserve(row, layout.num_bytes)
-            if ticket is None:
-                return  # a predecessor that lost its chunk had committed it
+        assert self.schema is not None
+        layout = RecordLayout(self.schema, shapes)
+        ticket = self.ring.reserve(row, layout.num_bytes)
+        if ticket is None:
+            return  # a predecessor that lost its chunk had committed it
+        try:
             record = self.ring.record_of(ticket)
             layout.write_header(record)
             arrays = layout.arrays(record)
             for rows in begun:
                 rows.write(i, arrays)
-        except SampleError as error:
-            if ticket is not None:
-                self.ring.abort(ticket)
-            self.ring.put_error(row, self._place(error, row, chunk))
-        else:
-            self.ring.commit(ticket)
+        except Exception:
+            self.ring.abort(ticket)
+            raise
+        self.ring.commit(ticket)
 
-    def _place(self, error: SampleError, row: int, chunk: Chunk) -> SampleError:
+    def _place(self, error: Exception, row: int, chunk: Chunk) -> ShmloaderError:
         """The same error with source, shard and row, in its data and its message."""
         shard = self.plan.source.shards[chunk.shard] if self.plan.source.shards else None
-        data = {**error.data, "source": self.plan.source.name, "shard": shard, "row": row}
-        placed = type(error)(f"{self.plan.describe(row)}: {error}", **data)
+        kind: type[ShmloaderError] = SampleError
+        text, data = f"{type(error).__name__}: {error}", {}
+        if isinstance(error, SampleError | RecordTooLargeError):
+            kind, text, data = type(error), str(error), error.data
+        data = {**data, "source": self.plan.source.name, "shard": shard, "row": row}
+        placed = kind(f"{self.plan.describe(row)}: {text}", **data)
         placed.__cause__ = error
         return placed
 
-    def _schema(self) -> Schema:
-        """The schema of the set; the first prefetcher that has processed a row decides it."""
-        if self.schema is None:
-            schema = processors.schema_of(self.processors, self.plan.source.name)
-            self.ring.segment.text_put(native.TEXT_SCHEMA, schema.to_json().encode())
-            first = self.ring.segment.text_get(native.TEXT_SCHEMA)
-            assert first is not None
-            self.schema = Schema.from_json(first.decode())
-            for processor in self.processors:
-                if isinstance(processor, UserProcessor):
-                    processor.adopt(self.schema.fields)
+    def _agree(self) -> bool:
+        """Have a schema; the first prefetcher that has processed a row decides it. False: it was this one."""
+        schema = processors.schema_of(self.processors, self.plan.source.name)
+        text = schema.to_json().encode()
+        if len(text) > native.TEXT_BYTES:
+            raise ProcessError(f"process returns {len(schema.fields)} fields: too many to describe in 32 KiB")
+        self.ring.segment.text_put(native.TEXT_SCHEMA, text)
+        return self._adopt() != schema
+
+    def _adopt(self) -> Schema:
+        text = self.ring.segment.text_get(native.TEXT_SCHEMA)
+        assert text is not None
+        self.schema = Schema.from_json(text.decode())
+        for processor in self.processors:
+            if isinstance(processor, UserProcessor):
+                processor.adopt(self.schema.fields)
         return self.schema
 
 
 def main(fds: dict[str, int], head: dict[str, Any]) -> None:
     """Be a prefetcher: load what the work needs while the planner is at it, wait for the word, work."""
-    if not native.die_with_parent(os.getppid()):
-        return
     pa.set_cpu_count(1)
     pa.set_io_thread_count(2)
-    problem: BaseException | None = None
+    problem: ShmloaderError | None = None
     work = None
     try:
         work = read_work(fds["payload"])
-    except Exception as error:
+    except ShmloaderError as error:
         problem = error
     told = os.read(fds["go"], 4096)
     os.close(fds["go"])
@@ -154,8 +189,9 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
     files = RingFiles(head["uuid"], fds["control"], fds["ring"], fds["lock"])
     ring = Ring(files, native.SERVICE, tuple(json.loads(told)["supervisor"]))
     try:
-        if problem is not None or work is None:
-            raise ServiceError(f"A prefetch process cannot load what it was sent: {problem}") from problem
+        if problem is not None:
+            raise problem
+        assert work is not None
         plan = read_plan(fds["plan"])
         assert plan is not None
         built = processors.build(plan.source.columns, work.config, work.tokenizer, work.process)
@@ -163,6 +199,7 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
     except Exception as error:
         log.debug("cannot start", exc_info=True)
         ring.put_fatal(error)
+        ring.leave()
         sys.exit(0)
     Prefetcher(ring, plan, built, reader).run()
     ring.leave()

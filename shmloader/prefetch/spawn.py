@@ -1,7 +1,11 @@
-"""Starting one service: a fresh interpreter that inherits the set's descriptors and nothing else."""
+"""Starting one service: a fresh interpreter that inherits the set's descriptors and nothing else.
+
+It is told its role, the descriptors by their names, and who its parent is.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -27,14 +31,22 @@ _ENVIRONMENT = {
 
 def spawn(role: str, fds: dict[str, int]) -> subprocess.Popen[bytes]:
     """Start the service ``role``; it finds ``fds`` by their names, and writes to this process's stderr."""
-    return subprocess.Popen(
-        [sys.executable, _BOOT, role, json.dumps(fds)],
-        pass_fds=tuple(fds.values()),
-        stdin=subprocess.DEVNULL,
-        stdout=2 if _is_open(2) else subprocess.DEVNULL,
-        env={**os.environ, **_ENVIRONMENT},
-        start_new_session=True,
-    )
+    # Where this process was started with its standard streams closed, files of the set may lie in their places.
+    moved = {name: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for name, fd in fds.items() if fd < 3}
+    fds = fds | moved
+    try:
+        return subprocess.Popen(
+            [sys.executable, _BOOT, role, json.dumps(fds), str(os.getpid())],
+            pass_fds=tuple(fds.values()),
+            stdin=subprocess.DEVNULL,
+            stdout=2 if _is_open(2) else subprocess.DEVNULL,
+            stderr=None if _is_open(2) else subprocess.DEVNULL,
+            env={**os.environ, **_ENVIRONMENT},
+            start_new_session=True,
+        )
+    finally:
+        for fd in moved.values():
+            os.close(fd)
 
 
 def _is_open(fd: int) -> bool:

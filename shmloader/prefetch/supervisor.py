@@ -15,14 +15,13 @@ import os
 import select
 import signal
 import subprocess
-import time
 from typing import Any
 
 import shmloader._native as native
-from shmloader.errors import ServiceError, ShmloaderError, to_wire
+from shmloader.errors import ServiceError, ring_full, to_wire
 from shmloader.prefetch.plan_file import Layout, read_parts
 from shmloader.prefetch.spawn import spawn
-from shmloader.ring import SUPERVISOR_BYTE, Ring, RingFiles, format_control, ring_full
+from shmloader.ring import CREATOR_BYTE, SUPERVISOR_BYTE, Ring, RingFiles, format_control
 
 log = logging.getLogger("shmloader.supervisor")
 
@@ -50,8 +49,9 @@ class Prefetcher:
         os.close(self._go)
 
     def close(self) -> None:
-        """Reap the process, which has ended or is killed."""
-        self.process.kill()
+        """Reap the process, which has ended or is killed, and kill what it started in its session."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         os.close(self.pidfd)
 
@@ -60,25 +60,41 @@ class Supervisor:
     """The main loop and what it keeps."""
 
     def __init__(self, fds: dict[str, int], head: dict[str, Any]) -> None:
-        self.fds = {name: fd for name, fd in fds.items() if name != "status"}
-        self.status_fd = fds.get("status")
+        self.fds = {name: fd for name, fd in fds.items() if name not in ("status", "up")}
+        self.status_fd: int | None = fds.get("status")
         self.head = head
         self.files = RingFiles(head["uuid"], fds["control"], fds["ring"], fds["lock"])
-        self.prefetchers = [Prefetcher(self.fds) for _ in range(head["num_prefetchers"])]
+        self.num_prefetchers: int = head["num_prefetchers"]
+        self.prefetchers: list[Prefetcher] = []
         self.idle_deaths = 0
         self.progress_at_death = -1
 
     def run(self) -> None:
         """Plan if nobody has, then supervise until no owner is left."""
-        if self.status_fd is not None and not self._plan():
-            return
-        self._supervise(Ring(self.files, native.SERVICE))
+        try:
+            if self.status_fd is not None:
+                # They load what they need while the planner is at work.
+                self.prefetchers = [Prefetcher(self.fds) for _ in range(self.num_prefetchers)]
+                if not self._plan():
+                    return
+            self._supervise(Ring(self.files, native.SERVICE))
+        except Exception as error:
+            if self.status_fd is None:
+                raise
+            log.debug("cannot start", exc_info=True)
+            self._answer({"error": to_wire(error)})
+        finally:
+            for prefetcher in self.prefetchers:
+                prefetcher.close()
 
     # -- start -----------------------------------------------------------------------------------------
 
     def _plan(self) -> bool:
-        """Run the planner and lay out the control memory; False when there is no plan, or nobody to tell."""
-        assert self.status_fd is not None
+        """Run the planner and lay out the control memory; False when nobody waits for that any more.
+
+        Raises:
+            ShmloaderError: there is no plan.
+        """
         planner = spawn("planner", self.fds)
         try:
             self._wait_for(planner)
@@ -94,10 +110,6 @@ class Supervisor:
                     pid=planner.pid,
                 )
             self._format(parts[0])
-        except ShmloaderError as error:
-            log.debug("no plan", exc_info=True)
-            os.write(self.status_fd, json.dumps({"error": to_wire(error)}).encode())
-            return False
         finally:
             planner.kill()
             planner.wait()
@@ -105,10 +117,11 @@ class Supervisor:
 
     def _wait_for(self, planner: subprocess.Popen[bytes]) -> None:
         """Until it ends, or the process that waits for our answer does."""
+        assert self.status_fd is not None
         pidfd = os.pidfd_open(planner.pid)
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        poll.register(self.status_fd or 0, 0)  # POLLERR: the reading end is closed
+        poll.register(self.status_fd, 0)  # POLLERR: the reading end is closed
         ready = dict(poll.poll())
         os.close(pidfd)
         if self.status_fd not in ready:
@@ -119,6 +132,13 @@ class Supervisor:
             raise ring_full(layout.record_bytes * layout.num_rows, self.files.ring_bytes, 0)
         format_control(self.files, layout.num_rows, layout.chunks, layout.is_sequential)
 
+    def _answer(self, answer: dict[str, Any]) -> None:
+        assert self.status_fd is not None
+        with contextlib.suppress(BrokenPipeError):  # the training process is gone, or was interrupted
+            os.write(self.status_fd, json.dumps(answer).encode())
+        os.close(self.status_fd)
+        self.status_fd = None
+
     # -- main loop -------------------------------------------------------------------------------------
 
     def _supervise(self, ring: Ring) -> None:
@@ -126,22 +146,14 @@ class Supervisor:
         for prefetcher in self.prefetchers:
             prefetcher.go((ring.slot, ring.gen))
         if self.status_fd is not None:
-            os.write(self.status_fd, b"{}")
-            os.close(self.status_fd)
-        started = time.monotonic()
-        seen_owner = self.status_fd is None
-        while True:
+            self._answer({})
+        segment.reap(True)
+        # Until the process that made the set is its first owner, the creator's byte says that it lives.
+        while segment.count(native.OWNER) or native.byte_holder(self.files.lock_fd, CREATOR_BYTE):
+            self._start_missing(ring)
             self._wait_for_deaths(ring)
             segment.reap(False)
-            owners = segment.count(native.OWNER)
-            seen_owner = seen_owner or owners > 0
-            # The training process registers right after it was told; if it never does, it died in between.
-            if owners == 0 and (seen_owner or time.monotonic() - started > 10):
-                log.debug("the last owner is gone")
-                return
-            stats = segment.stats()
-            if stats["chunks_todo"] and not self.prefetchers and segment.text_get(native.TEXT_FATAL) is None:
-                self._start(ring, self.head["num_prefetchers"])
+        log.debug("the last owner is gone")
 
     def _wait_for_deaths(self, ring: Ring) -> None:
         poll = select.poll()
@@ -157,9 +169,9 @@ class Supervisor:
             self.prefetchers.remove(prefetcher)
             prefetcher.close()
             code = prefetcher.process.returncode
-            if code == 0:
+            if not self._has_work(ring):
                 continue  # it found nothing left to do
-            log.warning("prefetcher %d ended with status %d; starting another", prefetcher.process.pid, code)
+            log.warning("prefetcher %d ended with status %d and work to do", prefetcher.process.pid, code)
             progress = ring.segment.progress()
             self.idle_deaths = 0 if progress != self.progress_at_death else self.idle_deaths + 1
             self.progress_at_death = progress
@@ -172,14 +184,18 @@ class Supervisor:
                         pid=prefetcher.process.pid,
                     )
                 )
-            elif ring.segment.text_get(native.TEXT_FATAL) is None:
-                self._start(ring, 1)
 
-    def _start(self, ring: Ring, count: int) -> None:
-        for _ in range(count):
+    def _start_missing(self, ring: Ring) -> None:
+        while len(self.prefetchers) < self.num_prefetchers and self._has_work(ring):
             prefetcher = Prefetcher(self.fds)
-            prefetcher.go((ring.slot, ring.gen))
             self.prefetchers.append(prefetcher)
+            prefetcher.go((ring.slot, ring.gen))
+
+    @staticmethod
+    def _has_work(ring: Ring) -> bool:
+        stats = ring.segment.stats()
+        has_chunks = stats["chunks_todo"] + stats["chunks_claimed"] > 0
+        return has_chunks and ring.segment.text_get(native.TEXT_FATAL) is None
 
 
 def main(fds: dict[str, int], head: dict[str, Any]) -> None:
@@ -190,4 +206,8 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
         log.debug("there is a supervisor already")
         return
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    if "up" in fds:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(fds["up"], b"1")
+        os.close(fds["up"])
     Supervisor(fds, head).run()

@@ -1,0 +1,419 @@
+"""SIGKILL, at any time, of anybody: nothing is lost, nothing is read twice, nothing stays behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support_sets import (
+    gated,
+    kill,
+    left_in_shm,
+    marked,
+    names,
+    prefetchers_of,
+    roles,
+    script,
+    services,
+    supervisor_of,
+    wait_for_end,
+    wait_until,
+    write_numbers,
+)
+from torch.utils.data import DataLoader
+
+from shmloader import Options, ShmMultimodalDataset
+
+NUM_ROWS = 256
+HALF = NUM_ROWS // 2
+OPTIONS = Options(ring_bytes="8MiB", prefetchers=2, timeout_s=40)
+
+
+@contextmanager
+def half_gated(tmp_path: Path, **kwargs: Any) -> Iterator[tuple[ShmMultimodalDataset, Path]]:
+    """A set whose second half cannot be had before the file is there, so that a kill comes in mid-epoch."""
+    gate = tmp_path / "gate"
+    name = write_numbers(tmp_path / "d", NUM_ROWS)
+    with ShmMultimodalDataset(
+        dataset_name=name, process=gated(gate, HALF), **{"options": OPTIONS, **kwargs}
+    ) as dataset:
+        yield dataset, gate
+
+
+def loader(
+    dataset: ShmMultimodalDataset, num_workers: int = 2, context: str = "fork", **kwargs: Any
+) -> DataLoader[Any]:
+    method = context if num_workers else None
+    return DataLoader(dataset, 16, num_workers=num_workers, multiprocessing_context=method, **kwargs)
+
+
+def numbers(batches: Any) -> list[int]:
+    return [int(i) for batch in batches for i in batch["number"]]
+
+
+def interrupted_epoch(
+    tmp_path: Path, stroke: Callable[[ShmMultimodalDataset], None], num_strokes: int = 1, num_workers: int = 2
+) -> None:
+    """The epoch with ``stroke`` in its middle has every sample once, and so has the next one, of new spawn workers."""
+    with half_gated(tmp_path) as (dataset, gate):
+        batches = iter(loader(dataset, num_workers))
+        first = numbers(next(batches) for _ in range(HALF // 16))
+        for _ in range(num_strokes):
+            stroke(dataset)
+        gate.touch()
+        assert first + numbers(batches) == list(range(NUM_ROWS))
+        assert sorted(numbers(loader(dataset, context="spawn", shuffle=True))) == list(range(NUM_ROWS))
+        stats = dataset.stats()
+        assert (stats.samples_ready, stats.commits, stats.samples_bad) == (NUM_ROWS, NUM_ROWS, 0)
+        assert dataset._reader.attach().segment.check() is None
+        del batches
+
+
+def kill_prefetcher(dataset: ShmMultimodalDataset) -> None:
+    victim = wait_until(lambda: prefetchers_of(dataset))[0]
+    kill(victim)
+    wait_for_end(victim)
+
+
+def kill_supervisor(dataset: ShmMultimodalDataset) -> None:
+    victim = supervisor_of(dataset)
+    kill(victim)
+    wait_for_end(victim)
+
+
+def kill_both(dataset: ShmMultimodalDataset) -> None:
+    victims = [supervisor_of(dataset), wait_until(lambda: prefetchers_of(dataset))[0]]
+    kill(*victims)
+    for victim in victims:
+        wait_for_end(victim)
+
+
+def kill_all(dataset: ShmMultimodalDataset) -> None:
+    victims = wait_until(lambda: len(prefetchers_of(dataset)) == 2 and dataset.stats().service_pids)
+    kill(*victims)
+    for victim in victims:
+        wait_for_end(victim)
+
+
+def test_killing_a_prefetcher_loses_nothing(tmp_path: Path) -> None:
+    interrupted_epoch(tmp_path, kill_prefetcher)
+
+
+def test_killing_the_supervisor_loses_nothing(tmp_path: Path) -> None:
+    interrupted_epoch(tmp_path, kill_supervisor)
+
+
+def test_killing_supervisor_and_prefetcher_at_once_loses_nothing(tmp_path: Path) -> None:
+    interrupted_epoch(tmp_path, kill_both)
+
+
+def test_killing_the_supervisor_loses_nothing_without_workers(tmp_path: Path) -> None:
+    interrupted_epoch(tmp_path, kill_supervisor, num_workers=0)
+
+
+def test_killing_all_services_five_times_in_an_epoch_loses_nothing(tmp_path: Path) -> None:
+    interrupted_epoch(tmp_path, kill_all, num_strokes=5)
+
+
+def test_prefetchers_die_with_their_supervisor(tmp_path: Path) -> None:
+    with marked() as kin, half_gated(tmp_path) as (dataset, _):
+        victims = wait_until(lambda: len(prefetchers_of(dataset)) == 2 and prefetchers_of(dataset))
+        kill_supervisor(dataset)
+        for victim in victims:
+            wait_for_end(victim)
+        assert services(kin()) == []
+
+
+def test_a_prefetcher_whose_supervisor_died_while_it_started_ends(tmp_path: Path) -> None:
+    with marked() as kin, half_gated(tmp_path) as (dataset, _):
+        kill_prefetcher(dataset)
+        # The new one is started now, and is killed with its supervisor before it can have asked for that.
+        old = set(prefetchers_of(dataset))
+        new = wait_until(lambda: set(roles(kin()).get("prefetcher", [])) - old)
+        kill_supervisor(dataset)
+        for pid in old | new:
+            wait_for_end(pid)
+        assert services(kin()) == []
+
+
+def test_a_stopped_prefetcher_loses_nothing(tmp_path: Path) -> None:
+    with half_gated(tmp_path) as (dataset, gate):
+        victim = wait_until(lambda: prefetchers_of(dataset))[0]
+        kill(victim, sig=signal.SIGSTOP)
+        try:
+            gate.touch()
+            batches = iter(loader(dataset))
+            # What it does not hold comes from the other one.
+            wait_until(lambda: dataset.stats().samples_ready >= NUM_ROWS - 16)
+        finally:
+            kill(victim, sig=signal.SIGCONT)
+        assert numbers(batches) == list(range(NUM_ROWS))
+        assert dataset.stats().commits == NUM_ROWS
+
+
+def test_a_stopped_supervisor_delays_nothing(tmp_path: Path) -> None:
+    with half_gated(tmp_path) as (dataset, gate):
+        victim = supervisor_of(dataset)
+        kill(victim, sig=signal.SIGSTOP)
+        try:
+            gate.touch()
+            assert numbers(loader(dataset)) == list(range(NUM_ROWS))
+        finally:
+            kill(victim, sig=signal.SIGCONT)
+
+
+def test_a_killed_worker_is_an_error_of_torch_and_the_next_epoch_works(tmp_path: Path) -> None:
+    with half_gated(tmp_path) as (dataset, gate):
+        batches = iter(loader(dataset))
+        next(batches)
+        worker = batches._workers[0].pid  # not multiprocessing's resource tracker
+        with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):  # noqa: PT012 (by torch's SIGCHLD handler)
+            kill(worker)
+            numbers(batches)
+        del batches
+        gate.touch()
+        assert numbers(loader(dataset)) == list(range(NUM_ROWS))
+        assert wait_until(lambda: dataset.stats().num_workers == 0)
+        assert dataset._reader.attach().segment.check() is None
+
+
+def test_workers_killed_while_they_wait_leave_no_wants(tmp_path: Path) -> None:
+    with half_gated(tmp_path) as (dataset, _):
+        batches = iter(loader(dataset, sampler=range(HALF, NUM_ROWS)))
+        segment = dataset._reader.attach().segment
+        wait_until(lambda: segment.wanted(0, NUM_ROWS))
+        with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):  # noqa: PT012 (by torch's SIGCHLD handler)
+            kill(*(worker.pid for worker in batches._workers))
+            next(batches)
+        del batches
+        wait_until(lambda: segment.reap(True) >= 0 and segment.wanted(0, NUM_ROWS) == [])
+
+
+def test_random_kills_over_several_epochs_lose_nothing(tmp_path: Path) -> None:
+    seed = 20240607
+    rng = random.Random(seed)
+    begun, epoch = time.monotonic(), 0
+
+    def process(row: dict[str, Any]) -> dict[str, Any]:
+        until = time.perf_counter() + 0.002
+        while time.perf_counter() < until:
+            pass
+        return {"number": row["number"]}
+
+    # A prefetcher that is killed takes a death of its chunk along: more rows than kills per chunk could set aside.
+    name = write_numbers(tmp_path / "d", 1024, rows_per_chunk=8)
+    num_kills = 0
+    while epoch < 2 or time.monotonic() - begun < 8:
+        epoch += 1
+        with ShmMultimodalDataset(dataset_name=name, process=process, options=OPTIONS) as dataset:
+            seen: list[int] = []
+            for batch in loader(dataset, shuffle=True):
+                seen += numbers([batch])
+                if rng.random() < 0.15:
+                    pids = dataset.stats().service_pids
+                    supervisor = roles(pids).get("supervisor", [])
+                    victims = supervisor if rng.random() < 0.5 else [pid for pid in pids if pid not in supervisor][:1]
+                    kill(*victims)
+                    num_kills += len(victims)
+            assert sorted(seen) == list(range(1024)), f"epoch {epoch} with seed {seed}"
+            assert sorted(numbers(loader(dataset))) == list(range(1024)), f"epoch {epoch} with seed {seed}"
+            stats = dataset.stats()
+            assert (stats.samples_ready, stats.samples_bad, stats.commits) == (1024, 0, 1024)
+            assert dataset._reader.attach().segment.check() is None
+    assert num_kills > 3
+
+
+# ---- the training process ---------------------------------------------------------------------------------
+
+TRAINING = """
+import os, signal, sys, threading
+from torch.utils.data import DataLoader
+from shmloader import Options, ShmMultimodalDataset
+from support_sets import gated, number, wait_until
+from pathlib import Path
+
+name, gate, way = sys.argv[1:]
+dataset = ShmMultimodalDataset(
+    dataset_name=name, process=gated(Path(gate), 128), options=Options(ring_bytes="8MiB", prefetchers=2, timeout_s=60)
+)
+loader = DataLoader(dataset, 16, num_workers=2, shuffle=(way == "waiting"))
+batches = iter(loader)
+if way != "waiting":
+    for _ in range(8):
+        next(batches)
+# One that is still starting when we are killed never learns of it: torch then takes init for its parent.
+wait_until(lambda: dataset.stats().num_workers == 2)
+print("ready", flush=True)
+if way == "waiting":
+    next(batches)
+sys.stdin.readline()
+if way == "exception":
+    raise RuntimeError("as if")
+if way == "_exit":
+    os._exit(3)
+if way == "exit":
+    sys.exit(0)
+"""
+
+
+@contextmanager
+def training(tmp_path: Path, way: str) -> Iterator[tuple[subprocess.Popen[str], Callable[[], list[int]]]]:
+    name = write_numbers(tmp_path / "d", NUM_ROWS)
+    with marked() as kin, script(tmp_path, TRAINING, name, str(tmp_path / "gate"), way) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n", process.communicate(timeout=10)
+        yield process, kin
+
+
+def ends_well(process: subprocess.Popen[str], kin: Callable[[], list[int]], end: Callable[[], None]) -> float:
+    """Ends the training process; returns after how many seconds its services were gone."""
+    assert services(kin())
+    pids = kin()
+    before = names("/dev/shm") - {name for name in names("/dev/shm") if f"_{process.pid}_" in name}
+    begun = time.monotonic()
+    end()
+    wait_for_end(process.pid)
+    wait_until(lambda: services(kin()) == [])
+    seconds = time.monotonic() - begun
+    wait_until(lambda: kin() == [])  # torch's workers look for their parent every 5 s
+    assert left_in_shm(before, pids) == set()
+    return seconds
+
+
+@pytest.mark.parametrize("way", ["reading", "waiting"])
+def test_services_are_gone_after_the_training_process_was_killed(
+    tmp_path: Path, way: str, record_property: Callable[[str, object], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with training(tmp_path, way) as (process, kin):
+        seconds = ends_well(process, kin, process.kill)
+        record_property("services_gone_after_s", seconds)
+        with capsys.disabled():
+            print(f"\n  services gone {seconds:.2f} s after SIGKILL of a training process that was {way}")
+
+
+@pytest.mark.parametrize("way", ["exit", "exception", "_exit"])
+def test_services_are_gone_after_the_training_process_ended_by_itself(tmp_path: Path, way: str) -> None:
+    def end() -> None:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+
+    with training(tmp_path, way) as (process, kin):
+        ends_well(process, kin, end)
+        assert process.wait(10) == {"exit": 0, "exception": 1, "_exit": 3}[way]
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_services_are_gone_after_a_signal_ended_the_training_process(tmp_path: Path, sig: signal.Signals) -> None:
+    with training(tmp_path, "reading") as (process, kin):
+        ends_well(process, kin, lambda: process.send_signal(sig))
+
+
+def test_services_are_gone_after_the_training_process_was_killed_with_all_its_services_stopped(tmp_path: Path) -> None:
+    with training(tmp_path, "reading") as (process, kin):
+        pids = services(kin())
+        kill(*pids, sig=signal.SIGSTOP)
+        process.kill()
+        wait_for_end(process.pid)
+        kill(*pids, sig=signal.SIGCONT)
+        wait_until(lambda: services(kin()) == [])
+
+
+PLANNING = """
+import sys
+from shmloader import Options, ShmMultimodalDataset
+
+class Slow:
+    def __call__(self, row):
+        return {"number": row["number"]}
+    def __reduce__(self):
+        return (wait, (sys.argv[2],))
+
+def wait(gate):
+    import os, time
+    while not os.path.exists(gate):
+        time.sleep(0.01)
+    return Slow()
+
+ShmMultimodalDataset(dataset_name=sys.argv[1], process=Slow(), options=Options(ring_bytes="1MiB", prefetchers=2))
+"""
+
+
+def planning(tmp_path: Path) -> Any:
+    return script(tmp_path, PLANNING, write_numbers(tmp_path / "d", 8), str(tmp_path / "gate"))
+
+
+def is_planning(kin: Callable[[], list[int]]) -> bool:
+    found = roles(kin())
+    return "planner" in found and len(found.get("prefetcher", [])) == 2 and len(found.get("supervisor", [])) == 1
+
+
+@pytest.mark.parametrize("sig", [signal.SIGKILL, signal.SIGINT])
+def test_services_are_gone_after_the_training_process_was_ended_while_it_was_planning(
+    tmp_path: Path, sig: signal.Signals
+) -> None:
+    with marked() as kin, planning(tmp_path) as process:
+        wait_until(lambda: is_planning(kin))
+        process.send_signal(sig)
+        assert process.wait(40) == -sig
+        wait_until(lambda: kin() == [])
+
+
+def test_nothing_stays_of_a_supervisor_that_was_killed_while_it_was_planning(tmp_path: Path) -> None:
+    with marked() as kin, planning(tmp_path) as process:
+        wait_until(lambda: is_planning(kin))
+        kill(roles(kin())["supervisor"][0])
+        _, err = process.communicate(timeout=40)
+        assert "ServiceError: The supervisor process died while it was starting" in err
+        wait_until(lambda: kin() == [])
+
+
+def test_a_planner_that_is_killed_is_an_error_with_its_exit_status(tmp_path: Path) -> None:
+    with marked() as kin, planning(tmp_path) as process:
+        wait_until(lambda: is_planning(kin))
+        kill(roles(kin())["planner"][0])
+        _, err = process.communicate(timeout=40)
+        assert "ServiceError: The process that looks up the dataset died (exit status -9)" in err
+        wait_until(lambda: kin() == [])
+
+
+def test_services_end_when_the_training_process_dies_between_the_plan_and_its_first_read(tmp_path: Path) -> None:
+    from support_sets import in_child, join, number
+
+    from shmloader.prefetch.launch import SetFiles, start_set
+    from shmloader.prefetch.payload import Work, write
+    from shmloader.ring import RingFiles
+    from shmloader.sources.base import SourceRequest
+
+    name = write_numbers(tmp_path / "d", NUM_ROWS)
+
+    def work() -> None:
+        files = RingFiles.create(1 << 20)
+        head = {"uuid": files.uuid, "num_prefetchers": 1, "log": "WARNING"}
+        payload = write(Work(SourceRequest(name, "train", None, True, {}), None, None, number), head)
+        start_set(SetFiles(files, payload, os.memfd_create("plan")))
+        os.kill(os.getpid(), signal.SIGKILL)  # it never was a client
+
+    with marked() as kin:
+        assert join(in_child(work)) == -signal.SIGKILL
+        wait_until(lambda: kin() == [], 8)
+
+
+def test_a_set_lives_as_long_as_its_last_owner_though_workers_come_and_go(tmp_path: Path) -> None:
+    with half_gated(tmp_path) as (dataset, gate):
+        for _ in range(3):
+            child = multiprocessing.get_context("fork").Process(target=dataset.__getitem__, args=(0,))
+            child.start()
+            child.join(30)
+            assert child.exitcode == 0
+        gate.touch()
+        assert numbers(loader(dataset)) == list(range(NUM_ROWS))

@@ -1,0 +1,186 @@
+"""Settings: what each may be, who wins, and that each does what it says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support_sets import gated, number, prefetchers_of, run_script, wait_until, write_numbers
+
+from shmloader import Options, ShmMultimodalDataset
+from shmloader.errors import OptionError, WaitTimeoutError
+from shmloader.options import DEFAULT_TIMEOUT_S, MAX_DEFAULT_PREFETCHERS, ByteSize, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [
+        (4096, 4096),
+        ("1073741824", 1 << 30),
+        ("512MiB", 512 << 20),
+        (" 2 GB ", 2 * 10**9),
+        ("1.5kib", 1536),
+        ("7b", 7),
+        ("3TiB", 3 << 40),
+    ],
+)
+def test_a_size_is_bytes_or_a_number_with_a_unit(text: str | int, num_bytes: int) -> None:
+    assert parse_size(text) == ByteSize(num_bytes=num_bytes)
+
+
+@pytest.mark.parametrize(("text", "share"), [("25%", 0.25), ("100 %", 1.0), ("0.5%", 0.005)])
+def test_a_size_may_be_a_share_of_memory(text: str, share: float) -> None:
+    assert parse_size(text).resolve(1 << 20) == int(share * (1 << 20))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "much", "0", "-1", -5, "0%", "101%", "5 apples", "1e9", "MiB", "0.1", "1,5GB", "nan", True, 1.5]
+)
+def test_a_bad_size_is_an_error_with_name_value_and_what_is_allowed(text: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        parse_size(text, "SOME_NAME")
+    assert all(part in str(caught.value) for part in ("SOME_NAME", repr(text), '"512MiB"', '"25%"'))
+    assert (caught.value.name, caught.value.value) == ("SOME_NAME", str(text))
+
+
+def test_an_empty_environment_gives_the_defaults() -> None:
+    assert Options.from_env({}) == Options() == Options(None, None, DEFAULT_TIMEOUT_S, "WARNING")
+
+
+def test_empty_variables_count_as_unset() -> None:
+    names = ("RING_BYTES", "PREFETCHERS", "TIMEOUT_S", "LOG")
+    assert Options.from_env({f"SHMLOADER_{name}": "" for name in names}) == Options()
+
+
+def test_every_variable_is_read() -> None:
+    env = {
+        "SHMLOADER_RING_BYTES": "512MiB",
+        "SHMLOADER_PREFETCHERS": "3",
+        "SHMLOADER_TIMEOUT_S": "1.5",
+        "SHMLOADER_LOG": "debug",
+    }
+    assert Options.from_env(env) == Options("512MiB", 3, 1.5, "DEBUG")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("SHMLOADER_RING_BYTES", "lots", "512MiB"),
+        ("SHMLOADER_RING_BYTES", "0", "512MiB"),
+        ("SHMLOADER_RING_BYTES", "200%", "25%"),
+        ("SHMLOADER_PREFETCHERS", "0", "from 1 to 64"),
+        ("SHMLOADER_PREFETCHERS", "65", "from 1 to 64"),
+        ("SHMLOADER_PREFETCHERS", "2.5", "from 1 to 64"),
+        ("SHMLOADER_PREFETCHERS", "all", "from 1 to 64"),
+        ("SHMLOADER_TIMEOUT_S", "0", "from 0.001"),
+        ("SHMLOADER_TIMEOUT_S", "-3", "from 0.001"),
+        ("SHMLOADER_TIMEOUT_S", "inf", "from 0.001"),
+        ("SHMLOADER_TIMEOUT_S", "nan", "from 0.001"),
+        ("SHMLOADER_TIMEOUT_S", "1m", "from 0.001"),
+        ("SHMLOADER_LOG", "loud", "DEBUG, INFO, WARNING, ERROR"),
+    ],
+)
+def test_a_bad_variable_is_an_error_with_name_value_and_what_is_allowed(name: str, value: str, allowed: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        Options.from_env({name: value})
+    assert all(part in str(caught.value) for part in (name, repr(value), allowed))
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ring_bytes", "lots"),
+        ("ring_bytes", 0),
+        ("ring_bytes", True),
+        ("prefetchers", 0),
+        ("prefetchers", 65),
+        ("prefetchers", 2.5),
+        ("prefetchers", "2"),
+        ("prefetchers", True),
+        ("timeout_s", 0),
+        ("timeout_s", float("inf")),
+        ("timeout_s", float("nan")),
+        ("timeout_s", "1"),
+        ("timeout_s", None),
+        ("log", "debug"),
+        ("log", None),
+    ],
+)
+def test_a_bad_argument_is_an_error_with_name_and_value(name: str, value: Any) -> None:
+    with pytest.raises(OptionError) as caught:
+        Options(**{name: value})
+    assert name in str(caught.value)
+    assert repr(value) in str(caught.value)
+
+
+def test_by_default_there_is_a_prefetcher_for_each_core_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, expected in ((1, 1), (3, 3), (64, MAX_DEFAULT_PREFETCHERS)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
+        assert Options().num_prefetchers() == expected
+
+
+def test_ring_bytes_of_the_environment_size_the_ring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMLOADER_RING_BYTES", "3MiB")
+    monkeypatch.setenv("SHMLOADER_PREFETCHERS", "1")
+    with ShmMultimodalDataset(dataset_name=write_numbers(tmp_path / "d", 8), process=number) as dataset:
+        assert dataset.stats().ring_bytes == 3 << 20
+        assert int(dataset[7]["number"]) == 7
+        assert dataset.stats().ring_backed_bytes <= 3 << 20
+
+
+def test_an_explicit_argument_beats_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMLOADER_RING_BYTES", "3MiB")
+    monkeypatch.setenv("SHMLOADER_PREFETCHERS", "2")
+    options = Options(ring_bytes="5MiB", prefetchers=1)
+    name = write_numbers(tmp_path / "d", 64)
+    with ShmMultimodalDataset(dataset_name=name, process=gated(tmp_path / "gate", 8), options=options) as dataset:
+        wait_until(lambda: prefetchers_of(dataset))
+        assert dataset.stats().ring_bytes == 5 << 20
+        assert dataset.stats().prefetchers == 1
+
+
+def test_a_bad_variable_is_an_error_of_the_constructor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMLOADER_PREFETCHERS", "none")
+    with pytest.raises(OptionError, match="SHMLOADER_PREFETCHERS='none'"):
+        ShmMultimodalDataset(dataset_name=write_numbers(tmp_path / "d", 8))
+
+
+def test_as_many_prefetchers_start_as_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMLOADER_RING_BYTES", "1MiB")
+    monkeypatch.setenv("SHMLOADER_PREFETCHERS", "3")
+    name = write_numbers(tmp_path / "d", 128)
+    with ShmMultimodalDataset(dataset_name=name, process=gated(tmp_path / "gate", 0)) as dataset:
+        wait_until(lambda: dataset.stats().prefetchers == 3)
+        wait_until(lambda: len(prefetchers_of(dataset)) == 3)
+
+
+def test_a_reader_waits_as_long_as_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMLOADER_RING_BYTES", "1MiB")
+    monkeypatch.setenv("SHMLOADER_PREFETCHERS", "1")
+    monkeypatch.setenv("SHMLOADER_TIMEOUT_S", "1.25")
+    name, gate = write_numbers(tmp_path / "d", 16), tmp_path / "gate"
+    with ShmMultimodalDataset(dataset_name=name, process=gated(gate, 8)) as dataset:
+        with pytest.raises(WaitTimeoutError, match=r"row 9 of .*shard .*SHMLOADER_TIMEOUT_S") as caught:
+            dataset[9]
+        assert caught.value.waited_s >= 1.25
+        gate.touch()
+        assert int(dataset[9]["number"]) == 9
+
+
+SCRIPT = """
+import sys
+from shmloader import ShmMultimodalDataset
+with ShmMultimodalDataset(dataset_name=sys.argv[1], process=lambda row: {"number": row["number"]}) as dataset:
+    dataset[0]
+"""
+
+
+@pytest.mark.parametrize(("level", "is_shown"), [("DEBUG", True), ("ERROR", False)])
+def test_services_log_to_stderr_from_the_level_of_the_environment(tmp_path: Path, level: str, is_shown: bool) -> None:
+    name = write_numbers(tmp_path / "d", 16)
+    env = {"SHMLOADER_LOG": level, "SHMLOADER_RING_BYTES": "1MiB", "SHMLOADER_PREFETCHERS": "1"}
+    status, out, err = run_script(tmp_path, SCRIPT, name, env=env)
+    assert (status, out) == (0, "")
+    assert ("DEBUG shmloader." in err) == is_shown

@@ -1,0 +1,517 @@
+"""The services: what they share out, what they load, where they run, and when they end."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import Dataset
+from support_sets import (
+    gated,
+    kill,
+    marked,
+    modules,
+    number,
+    prefetchers_of,
+    roles,
+    run_script,
+    script,
+    services,
+    supervisor_of,
+    wait_for_end,
+    wait_until,
+    write_numbers,
+    write_pictures,
+)
+from torch.utils.data import DataLoader
+
+from shmloader import MultimodalConfig, Options, ShmMultimodalDataset
+from shmloader.errors import ServiceError
+from shmloader.prefetch.plan_file import read_parts
+from shmloader.prefetch.spawn import spawn
+
+
+def make(name: Any, **kwargs: Any) -> ShmMultimodalDataset:
+    options = Options(ring_bytes="8MiB", prefetchers=kwargs.pop("prefetchers", 2), timeout_s=40)
+    return ShmMultimodalDataset(dataset_name=name, **{"options": options, **kwargs})
+
+
+def with_pid(row: dict[str, Any]) -> dict[str, Any]:
+    return {"number": row["number"], "pid": os.getpid()}
+
+
+# ---- sharing out -------------------------------------------------------------------------------------
+
+
+def test_each_row_is_processed_once_by_one_of_four_prefetchers(tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+
+    def process(row: dict[str, Any], seen: str = str(seen)) -> dict[str, Any]:
+        import os
+
+        fd = os.open(seen, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(fd, b"%d\n" % row["number"])
+        os.close(fd)
+        return {"number": row["number"]}
+
+    with make(write_numbers(tmp_path / "d", 400, 8), process=process, prefetchers=4) as dataset:
+        assert [int(s["number"]) for s in dataset.__getitems__(range(400))] == list(range(400))
+        assert dataset.stats().commits == 400
+    assert Counter(seen.read_text().split()) == {str(i): 1 for i in range(400)}
+
+
+def test_chunks_are_shared_among_prefetchers(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+
+    def process(row: dict[str, Any], folder: str = str(folder)) -> dict[str, Any]:
+        import os
+        import time
+
+        open(f"{folder}/{os.getpid()}", "w").close()  # noqa: PTH123
+        while len(os.listdir(folder)) < 4:  # noqa: PTH208  (each waits for all the others)
+            time.sleep(0.002)
+        return {"pid": os.getpid()}
+
+    with make(write_numbers(tmp_path / "d", 64, 8), process=process, prefetchers=4) as dataset:
+        assert len({int(s["pid"]) for s in dataset.__getitems__(range(64))}) == 4
+
+
+def read_after_a_kill(dataset: ShmMultimodalDataset, row: int) -> int:
+    """The number of ``row``, which is waited for when the one prefetcher is killed over its first chunk."""
+    segment, found = dataset._reader.attach().segment, []
+    wait_until(lambda: segment.stats()["chunks_claimed"] == 1)
+    reader = threading.Thread(target=lambda: found.append(int(dataset[row]["number"])))
+    reader.start()
+    wait_until(lambda: segment.wanted(row, 1))
+    kill(*wait_until(lambda: prefetchers_of(dataset)))
+    reader.join(40)
+    return found[0]
+
+
+def test_a_chunk_that_is_waited_for_comes_before_those_that_are_not(tmp_path: Path) -> None:
+    gate, name = tmp_path / "gate", write_numbers(tmp_path / "d", 256, 8)
+
+    def process(row: dict[str, Any], gate: str = str(gate)) -> dict[str, Any]:
+        import os
+        import time
+
+        while row["number"] // 8 != 25 and not os.path.exists(gate):  # noqa: PTH110
+            time.sleep(0.002)
+        return {"number": row["number"]}
+
+    with make(name, process=process, prefetchers=1) as dataset:
+        assert read_after_a_kill(dataset, 203) == 203
+
+
+def test_the_rows_of_a_chunk_that_are_waited_for_come_first(tmp_path: Path) -> None:
+    gate, name = tmp_path / "gate", write_numbers(tmp_path / "d", 32, 16)
+
+    def process(row: dict[str, Any], gate: str = str(gate)) -> dict[str, Any]:
+        import os
+        import time
+
+        while row["number"] != 27 and not os.path.exists(gate):  # noqa: PTH110
+            time.sleep(0.002)
+        return {"number": row["number"]}
+
+    with make(name, process=process, prefetchers=1) as dataset:
+        assert read_after_a_kill(dataset, 27) == 27
+        assert dataset.stats().samples_ready == 1
+
+
+def test_prefetchers_agree_on_the_schema_of_a_process(tmp_path: Path) -> None:
+    def process(row: dict[str, Any]) -> dict[str, Any]:
+        return {"x": 1 if row["number"] % 2 else 2.5}
+
+    with make(write_numbers(tmp_path / "d", 128, 4), process=process, prefetchers=4) as dataset:
+        good, bad = set(), 0
+        for i in range(128):
+            try:
+                good.add(dataset[i]["x"].dtype)
+            except ValueError:
+                raise
+            except Exception as error:
+                assert "must be" in str(error)  # noqa: PT017
+                bad += 1
+        assert len(good) == 1
+        assert bad in (0, 64)
+
+
+def test_a_sequential_stream_is_read_in_order_by_one_at_a_time(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"number": list(range(300))}).to_iterable_dataset()
+    with make(rows, process=with_pid, prefetchers=3) as dataset:
+        assert dataset.sources[0]["mode"] == "sequential"
+        assert sorted(int(i) for batch in DataLoader(dataset, 32, shuffle=True) for i in batch["number"]) == list(
+            range(300)
+        )
+        assert dataset.stats().commits == 300
+
+
+def test_a_sequential_stream_goes_on_after_its_reader_was_killed(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    rows = Dataset.from_dict({"number": list(range(300))}).to_iterable_dataset()
+    with make(rows, process=gated(gate, 150), prefetchers=2) as dataset:
+        dataset[140]
+        segment = dataset._reader.attach().segment
+        victims = wait_until(lambda: len(prefetchers_of(dataset)) == 2 and prefetchers_of(dataset))
+        kill(*victims)
+        gate.touch()
+        assert [int(s["number"]) for s in dataset.__getitems__(range(300))] == list(range(300))
+        assert dataset.stats().commits == 300
+        assert segment.check() is None
+
+
+# ---- when they end -----------------------------------------------------------------------------------
+
+
+def test_prefetchers_end_when_all_is_there_and_the_supervisor_stays(tmp_path: Path) -> None:
+    with marked() as kin, make(write_numbers(tmp_path / "d", 64), process=number) as dataset:
+        dataset.__getitems__(range(64))
+        wait_until(lambda: set(roles(kin())) == {"supervisor"})
+        assert dataset.stats().prefetchers == 0
+        assert dataset.stats().restarts == 0
+
+
+def test_services_end_when_the_set_is_closed(tmp_path: Path) -> None:
+    with marked() as kin:
+        with make(write_numbers(tmp_path / "d", 64), process=gated(tmp_path / "gate", 0)):
+            wait_until(lambda: len(services(kin())) == 3)
+        wait_until(lambda: kin() == [])
+
+
+def test_services_end_when_the_set_is_forgotten(tmp_path: Path) -> None:
+    with marked() as kin:
+        dataset = make(write_numbers(tmp_path / "d", 64), process=gated(tmp_path / "gate", 0))
+        assert services(kin())
+        del dataset
+        wait_until(lambda: kin() == [])
+
+
+def test_what_a_process_started_ends_with_its_prefetcher(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+
+    def process(row: dict[str, Any], path: str = str(pid_file)) -> dict[str, Any]:
+        import subprocess
+        import sys
+
+        if row["number"] == 0:
+            child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+            with open(path, "w") as file:  # noqa: PTH123
+                file.write(str(child.pid))
+        return {"number": row["number"]}
+
+    with make(write_numbers(tmp_path / "d", 64), process=process) as dataset:
+        dataset[0]
+    wait_for_end(int(pid_file.read_text()))
+
+
+def test_a_second_supervisor_ends_at_once(tmp_path: Path) -> None:
+    with marked() as kin, make(write_numbers(tmp_path / "d", 64), process=gated(tmp_path / "gate", 0)) as dataset:
+        first = supervisor_of(dataset)
+        assert spawn("supervisor", dataset._reader.files.fds()).wait(30) == 0
+        wait_until(lambda: roles(kin())["supervisor"] == [first])
+        assert len(roles(kin())["prefetcher"]) == 2
+
+
+def test_a_supervisor_without_owners_ends(tmp_path: Path) -> None:
+    with marked() as kin:
+        dataset = make(write_numbers(tmp_path / "d", 8), process=number)
+        files = dataset._reader.files
+        copies = {name: os.dup(fd) for name, fd in files.fds().items()}
+        dataset.close()
+        wait_until(lambda: kin() == [])
+        assert spawn("supervisor", copies).wait(30) == 0
+        wait_until(lambda: kin() == [])
+        for fd in copies.values():
+            os.close(fd)
+
+
+def test_a_prefetcher_that_ends_again_and_again_is_given_up(tmp_path: Path) -> None:
+    class Process:
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            return {}
+
+        def __getstate__(self) -> dict[str, int]:
+            return {"status": 5}
+
+        def __setstate__(self, state: dict[str, int]) -> None:
+            import os
+            import sys
+
+            if sys.argv[1] == "prefetcher":
+                os._exit(state["status"])
+
+    with make(write_numbers(tmp_path / "d", 8), process=Process()) as dataset:
+        with pytest.raises(ServiceError, match=r"end at once.*exit status 5.*stderr") as caught:
+            dataset[0]
+        assert caught.value.role == "prefetcher"
+
+
+# ---- what they load ----------------------------------------------------------------------------------
+
+
+def test_the_supervisor_loads_nothing_large(tmp_path: Path) -> None:
+    with make(write_numbers(tmp_path / "d", 64), process=number) as dataset:
+        dataset[0]
+        loaded = modules(supervisor_of(dataset))
+    assert "_native" in loaded
+    assert not [name for name in ("numpy", "pyarrow", "torch", "datasets", "pandas") if f"/{name}/" in loaded]
+
+
+def test_the_supervisor_stays_small(tmp_path: Path) -> None:
+    with make(write_numbers(tmp_path / "d", 64), process=number) as dataset:
+        dataset[0]
+        status = Path(f"/proc/{supervisor_of(dataset)}/status").read_text()
+    (anonymous,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))
+    assert anonymous < 30_000  # KiB
+
+
+def test_a_prefetcher_of_pictures_has_mapped_neither_torch_nor_datasets(tmp_path: Path) -> None:
+    name = write_pictures(tmp_path / "d", 2000)
+    with make(name, prefetchers=1, config=MultimodalConfig(vision_dim=16)) as dataset:
+        victim = wait_until(lambda: prefetchers_of(dataset))[0]
+        kill(victim, sig=signal.SIGSTOP)
+        loaded = modules(victim)
+        kill(victim, sig=signal.SIGCONT)
+        dataset[0]
+    assert "pyarrow" in loaded
+    assert not [name for name in ("torch", "pandas", "multiprocess") if f"/{name}/" in loaded]
+
+
+def test_a_prefetcher_of_parquet_has_imported_neither_torch_nor_datasets(tmp_path: Path) -> None:
+    def process(row: dict[str, Any]) -> dict[str, Any]:
+        import sys
+
+        return {"names": " ".join(sorted(name for name in sys.modules if "." not in name))}
+
+    with make(write_numbers(tmp_path / "d", 8), process=process) as dataset:
+        found = dataset[0]["names"].split()
+    assert "pyarrow" in found
+    assert not {"torch", "datasets", "pandas", "fsspec"} & set(found)
+
+
+# ---- where they run ----------------------------------------------------------------------------------
+
+
+def test_services_have_sessions_of_their_own(tmp_path: Path) -> None:
+    with marked() as kin, make(write_numbers(tmp_path / "d", 64), process=gated(tmp_path / "gate", 0)):
+        pids = wait_until(lambda: len(services(kin())) == 3 and services(kin()))
+        sessions = {os.getsid(pid) for pid in pids}
+        assert os.getsid(0) not in sessions
+        assert len(sessions) == 3
+
+
+def test_services_ignore_an_interrupt(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with marked() as kin, make(write_numbers(tmp_path / "d", 64), process=gated(gate, 0)) as dataset:
+        pids = wait_until(lambda: len(services(kin())) == 3 and len(prefetchers_of(dataset)) == 2 and services(kin()))
+        kill(*pids, sig=signal.SIGINT)
+        gate.touch()
+        assert [int(s["number"]) for s in dataset.__getitems__(range(64))] == list(range(64))
+        assert dataset.stats().restarts == 0
+
+
+INTERRUPTED = """
+import sys
+from pathlib import Path
+from shmloader import Options, ShmMultimodalDataset
+from support_sets import gated
+
+name, gate = sys.argv[1], Path(sys.argv[2])
+options = Options(ring_bytes="1MiB", prefetchers=1, timeout_s=60)
+with ShmMultimodalDataset(dataset_name=name, process=gated(gate, 8), options=options) as dataset:
+    dataset[0]
+    print("waits", flush=True)
+    try:
+        dataset[9]
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    gate.touch()
+    print(int(dataset[9]["number"]), dataset.stats().restarts)
+"""
+
+
+def test_an_interrupt_of_the_foreground_group_ends_the_wait_and_no_service(tmp_path: Path) -> None:
+    name = write_numbers(tmp_path / "d", 16)
+    with script(tmp_path, INTERRUPTED, name, str(tmp_path / "gate"), start_new_session=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waits\n"
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=40)
+        assert (process.returncode, out) == (0, "interrupted\n9 0\n"), err
+
+
+def test_services_find_modules_on_the_sys_path_of_the_training_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "only_here.py").write_text("def process(row):\n    return {'number': row['number'] + 1}\n")
+    monkeypatch.syspath_prepend(tmp_path / "mine")
+    import only_here  # type: ignore[import-not-found]
+
+    with make(write_numbers(tmp_path / "d", 8), process=only_here.process) as dataset:
+        assert int(dataset[4]["number"]) == 5
+
+
+def test_services_get_the_environment_of_the_training_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def process(row: dict[str, Any]) -> dict[str, Any]:
+        return {"number": int(os.environ["SOME_NUMBER"])}
+
+    monkeypatch.setenv("SOME_NUMBER", "77")
+    with make(write_numbers(tmp_path / "d", 8), process=process) as dataset:
+        assert int(dataset[4]["number"]) == 77
+
+
+def test_a_relative_name_is_found_by_services_that_start_after_the_folder_was_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = tmp_path / "gate"
+    write_numbers(tmp_path / "d", 64)
+    monkeypatch.chdir(tmp_path)
+    with make("d", process=gated(gate, 16)) as dataset:
+        dataset[0]
+        monkeypatch.chdir("/")
+        victim = supervisor_of(dataset)
+        kill(victim)
+        wait_for_end(victim)
+        gate.touch()
+        assert int(dataset[63]["number"]) == 63
+
+
+def test_services_start_in_a_folder_that_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = write_numbers(tmp_path / "d", 8)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    try:
+        with make(name, process=number) as dataset:
+            assert int(dataset[7]["number"]) == 7
+    finally:
+        os.chdir(tmp_path)
+
+
+def test_services_start_where_the_standard_streams_are_closed(tmp_path: Path) -> None:
+    source = """
+import os, sys
+for fd in (0, 1, 2):
+    os.close(fd)
+from shmloader import Options, ShmMultimodalDataset
+options = Options(ring_bytes="1MiB", prefetchers=1)
+process = lambda row: {"x": row["number"]}
+with ShmMultimodalDataset(dataset_name=sys.argv[1], process=process, options=options) as dataset:
+    os._exit(40 + int(dataset[2]["x"]))
+"""
+    status, _, _ = run_script(tmp_path, source, write_numbers(tmp_path / "d", 8))
+    assert status == 42
+
+
+def test_what_a_process_prints_goes_to_stderr(tmp_path: Path) -> None:
+    source = """
+import sys
+from shmloader import Options, ShmMultimodalDataset
+options = Options(ring_bytes="1MiB", prefetchers=1)
+def process(row):
+    print("from the service", row["number"], flush=True)
+    return {"x": row["number"]}
+with ShmMultimodalDataset(dataset_name=sys.argv[1], process=process, options=options) as dataset:
+    dataset.__getitems__(range(8))
+"""
+    status, out, err = run_script(tmp_path, source, write_numbers(tmp_path / "d", 8))
+    assert (status, out) == (0, "")
+    assert "from the service 7" in err
+
+
+UNGUARDED = """
+import sys
+from torch.utils.data import DataLoader
+from shmloader import Options, ShmMultimodalDataset
+
+FACTOR = 3
+
+class Adder:
+    def __init__(self, n):
+        self.n = n
+    def __call__(self, x):
+        return x + self.n
+
+adder = Adder(5)
+options = Options(ring_bytes="1MiB", prefetchers=2)
+dataset = ShmMultimodalDataset(
+    dataset_name=sys.argv[1],
+    process=lambda row: {"number": adder(FACTOR * row["number"])},
+    transform=lambda sample: {**sample, "twice": 2 * sample["number"]},
+    options=options,
+)
+total = sum(int(batch["twice"].sum()) for batch in DataLoader(dataset, 16, num_workers=2))
+print(total)
+"""
+
+
+def test_a_script_without_a_main_guard_works_with_lambdas_and_objects_of_its_own(tmp_path: Path) -> None:
+    status, out, err = run_script(tmp_path, UNGUARDED, write_numbers(tmp_path / "d", 64))
+    assert status == 0, err
+    assert out == f"{sum(2 * (3 * i + 5) for i in range(64))}\n"
+    assert err == ""
+
+
+def _in_daemon(name: str, answers: Any) -> None:
+    with make(name, process=number) as dataset:
+        answers.put([int(sample["number"]) for sample in dataset.__getitems__(range(64))])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_set_can_be_made_within_a_daemonic_process(tmp_path: Path, context: str) -> None:
+    name, ctx = write_numbers(tmp_path / "d", 64), multiprocessing.get_context(context)
+    answers = ctx.Queue()
+    process = ctx.Process(target=_in_daemon, args=(name, answers), daemon=True)
+    process.start()
+    assert answers.get(timeout=40) == list(range(64))
+    process.join(30)
+    assert process.exitcode == 0
+    answers.close()
+    answers.join_thread()
+
+
+def test_services_leave_no_child_of_the_training_process(tmp_path: Path) -> None:
+    def children() -> set[str]:
+        return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+    before = children()
+    with make(write_numbers(tmp_path / "d", 64), process=gated(tmp_path / "gate", 0)):
+        assert children() == before
+
+
+# ---- the plan ----------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_was_torn_is_no_plan() -> None:
+    fd = os.memfd_create("plan")
+    assert read_parts(fd) is None
+    os.pwrite(fd, json.dumps({"layout": {}, "source": "", "schema": None}).encode()[:-3], 0)
+    assert read_parts(fd) is None
+    os.close(fd)
+
+
+def test_the_name_of_a_row_tells_its_shard(tmp_path: Path) -> None:
+    with make(write_numbers(tmp_path / "d", 64), process=number) as dataset:
+        told = dataset._reader.plan.describe(63)
+    assert told.startswith(f"row 63 of '{tmp_path / 'd'}' (split 'train', shard '")
+    assert "train-00000-of-00001.parquet" in told
+
+
+def test_rows_of_many_dtypes_come_as_they_were_made(tmp_path: Path) -> None:
+    def process(row: dict[str, Any]) -> dict[str, Any]:
+        return {"a": np.float16(row["number"]), "b": np.arange(row["number"] + 1, dtype=np.uint8), "c": True}
+
+    with make(write_numbers(tmp_path / "d", 8), process=process) as dataset:
+        sample = dataset[3]
+        assert (float(sample["a"]), sample["b"].tolist(), bool(sample["c"])) == (3.0, [0, 1, 2, 3], True)

@@ -131,7 +131,7 @@ static void a_ticket_is_good_for_its_client_and_generation_only(void)
     bad = ticket, bad.desc = UINT32_MAX;
     CHECK_EQ(shml_commit(&writer, &bad, SHML_REF_READY), SHML_E_STALE);
     CHECK_EQ(shml_commit(&writer, &ticket, SHML_REF_MISSING), SHML_E_INVAL);
-    CHECK_EQ(shml_reserve(&nobody, 8, 64, &bad), SHML_E_INVAL);
+    CHECK_EQ(shml_reserve(&nobody, 8, 64, &bad), SHML_E_LEFT);
     CHECK_EQ(shml_reserve(&writer, 8, 0, &bad), SHML_E_INVAL);
     CHECK_EQ(shml_commit(&writer, &ticket, SHML_REF_READY), SHML_OK);
 }
@@ -216,8 +216,8 @@ static void a_hole_is_used_by_what_fits_it(void)
     write_record(&seg, &again, 2);
     CHECK_EQ(shml_commit(&seg, &again, SHML_REF_READY), SHML_OK);
     CHECK_EQ(shml_abort(&seg, &high), SHML_OK);
-    CHECK_EQ(shml_abort(&seg, &other), SHML_OK); /* the top: free space again */
-    CHECK_EQ(segment(0).control->head, other.offset);
+    CHECK_EQ(shml_abort(&seg, &other), SHML_OK); /* the top: free space again, and the hole below it too */
+    CHECK_EQ(segment(0).control->head, high.offset);
     check_segment(&seg);
 }
 
@@ -307,7 +307,7 @@ static void the_last_want_wakes_the_reader(void)
     shml_seg_t writer = segment(0), reader = segment(2), other = segment(3);
     uint32_t seen = shml_wake_word(&reader), seen_other = shml_wake_word(&other), work = shml_work_word(&writer);
     CHECK_EQ(post(2, (uint64_t[]){4, 9, 4}, 3), 3);
-    CHECK(shml_work_word(&writer) != work); /* services look for work */
+    CHECK_EQ(shml_work_word(&writer), work); /* wants make no chunk claimable: no service need look */
     CHECK_EQ(post(3, (uint64_t[]){4, 10}, 2), 2);
     CHECK_EQ(put_record(&writer, 4), SHML_OK);
     CHECK_EQ(shml_wake_word(&reader), seen); /* not yet: 9 */
@@ -396,7 +396,8 @@ static void a_sequential_source_is_read_in_order_by_one(void)
         CHECK_EQ(claim(0), i);
         CHECK_EQ(claim(1), SHML_E_NOTFOUND);
         CHECK_EQ(shml_chunk_done(&seg, i), SHML_OK);
-        CHECK(shml_work_word(&seg) != work); /* the next can be had */
+        /* The next is for the same client, whose stream is there; others are woken when none is left. */
+        CHECK_EQ(shml_work_word(&seg) != work, i == NUM_CHUNKS - 1);
     }
     CHECK_EQ(claim(0), SHML_E_NOTFOUND);
 }
@@ -455,6 +456,33 @@ static void three_deaths_set_a_chunk_aside(void)
         check_segment(&reader);
     }
     CHECK_EQ(claim(0), 1);
+}
+
+static void who_has_left_is_told_so(void)
+{
+    new_segment();
+    shml_seg_t seg = segment(-1);
+    CHECK_EQ(shml_client_register(&seg, SHML_WORKER, -1, 0), SHML_OK);
+    shml_client_unregister(&seg);
+    shml_client_unregister(&seg); /* again: nothing */
+    shml_ref_t ref;
+    uint32_t missing, chunk;
+    CHECK_EQ(shml_get_many(&seg, (uint64_t[]){1}, 1, 1, &ref, &missing), SHML_E_LEFT);
+    CHECK_EQ(shml_chunk_claim(&seg, &chunk), SHML_E_LEFT);
+    CHECK_EQ(shml_chunk_done(&seg, 0), SHML_E_LEFT);
+}
+
+static void damaged_lists_poison_and_do_not_hang(void)
+{
+    new_segment();
+    shml_seg_t seg = segment(0);
+    shml_ticket_t low = reserve(0, 2), high = reserve(0, 3), ticket;
+    CHECK_EQ(shml_abort(&seg, &low), SHML_OK); /* a hole */
+    shml_descs(seg.control)[low.desc].next = low.desc + 1;
+    CHECK_EQ(shml_reserve(&seg, 9, 4 * 64, &ticket), SHML_OK); /* of another size: the walk ends */
+    seg.control->free_list = 0x7fffffff;
+    CHECK_EQ(shml_reserve(&seg, 10, 8 * 64, &ticket), SHML_E_POISONED);
+    (void)high;
 }
 
 static void leaving_with_a_chunk_is_no_death(void)
@@ -725,7 +753,8 @@ TEST_MAIN(TEST(only_a_whole_segment_of_this_kind_is_attached), TEST(impossible_c
           TEST(chunks_go_by_waiting_rows_then_in_order), TEST(rows_that_nobody_waits_for_any_more_do_not_count),
           TEST(a_sequential_source_is_read_in_order_by_one), TEST(only_its_claimant_finishes_a_chunk),
           TEST(a_broken_chunk_wakes_who_waits_for_it), TEST(three_deaths_set_a_chunk_aside),
-          TEST(leaving_with_a_chunk_is_no_death), TEST(going_down_with_the_supervisor_is_no_death_of_its_own),
+          TEST(leaving_with_a_chunk_is_no_death), TEST(who_has_left_is_told_so),
+          TEST(damaged_lists_poison_and_do_not_hang), TEST(going_down_with_the_supervisor_is_no_death_of_its_own),
           TEST(the_dead_are_cleaned_up_after_once), TEST(reaping_is_rate_limited_among_all),
           TEST(a_full_table_of_clients_buries_its_dead), TEST(who_leaves_gives_back_what_it_had),
           TEST(the_first_text_wins), TEST(stats_add_up), TEST(damage_poisons_the_segment), TEST(a_model_agrees))

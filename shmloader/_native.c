@@ -40,6 +40,7 @@ static PyObject *raise_status(int status, const char *what)
         {SHML_E_MEMORY, "MemoryLimitError", "not enough memory; set SHMLOADER_RING_BYTES lower"},
         {SHML_E_FULL, "RingFullError", "no room"},
         {SHML_E_TOOBIG, "RecordTooLargeError", "larger than the ring"},
+        {SHML_E_LEFT, "ClosedError", "the dataset was closed"},
         {SHML_E_STALE, "StaleTokenError", "the slot was given to another batch"},
     };
     if (status == SHML_E_SYS)
@@ -59,13 +60,30 @@ static PyObject *raise_status(int status, const char *what)
     return NULL;
 }
 
+/* The same for a call on a segment: a mutex that was not had is reported with its holder. */
+static PyObject *raise_on(const shml_seg_t *seg, int status, const char *what)
+{
+    if (status != SHML_E_TIMEOUT)
+        return raise_status(status, what);
+    PyObject *type = PyObject_GetAttrString(errors_module, "RingError");
+    if (type != NULL) {
+        PyErr_Format(
+            type,
+            "%s: the mutex of this set was not had in %d s: thread %d holds it and does not go on (stopped by a "
+            "signal, a debugger or the freezer?). Let it go on or end it.",
+            what, (int)(SHML_LOCK_TIMEOUT_MS / 1000), (int)shml_mutex_holder(seg->control));
+        Py_DECREF(type);
+    }
+    return NULL;
+}
+
 /* A status that the caller handles itself, as an int; others raise. */
-static PyObject *status_or_raise(int status, const char *what)
+static PyObject *status_or_raise(const shml_seg_t *seg, int status, const char *what)
 {
     if (status >= 0 || status == SHML_E_NOTFOUND || status == SHML_E_EXISTS || status == SHML_E_FULL ||
         status == SHML_E_EXTEND || status == SHML_E_STALE || status == SHML_E_TOOBIG || status == SHML_E_MEMORY)
         return PyLong_FromLong(status);
-    return raise_status(status, what);
+    return seg == NULL ? raise_status(status, what) : raise_on(seg, status, what);
 }
 
 /* ------------------------------------------------ Mapping ---------------------------------------------- */
@@ -279,7 +297,7 @@ static PyObject *segment_register(Segment *self, PyObject *args)
         return NULL;
     CALL(shml_client_register(&self->seg, role, owner, owner_gen));
     if (status != SHML_OK)
-        return raise_status(status, "register");
+        return raise_on(&self->seg, status, "register");
     return Py_BuildValue("(iI)", self->seg.self, shml_client_gen(&self->seg, self->seg.self));
 }
 
@@ -299,7 +317,7 @@ static PyObject *segment_reap(Segment *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "p", &now) || !usable(self))
         return NULL;
     CALL(shml_reap(&self->seg, now));
-    return status < 0 ? raise_status(status, "reap") : PyLong_FromLong(status);
+    return status < 0 ? raise_on(&self->seg, status, "reap") : PyLong_FromLong(status);
 }
 
 static PyObject *segment_count(Segment *self, PyObject *args)
@@ -318,7 +336,7 @@ static PyObject *segment_reserve(Segment *self, PyObject *args)
     shml_ticket_t ticket;
     CALL(shml_reserve(&self->seg, id, num_bytes, &ticket));
     if (status != SHML_OK)
-        return status_or_raise(status, "reserve");
+        return status_or_raise(&self->seg, status, "reserve");
     return Py_BuildValue("(KKII)", ticket.offset, ticket.num_bytes, ticket.desc, ticket.gen);
 }
 
@@ -341,7 +359,7 @@ static PyObject *segment_commit(Segment *self, PyObject *args)
         !usable(self))
         return NULL;
     CALL(shml_commit(&self->seg, &ticket, record_status));
-    return status_or_raise(status, "commit");
+    return status_or_raise(&self->seg, status, "commit");
 }
 
 static PyObject *segment_abort(Segment *self, PyObject *tuple)
@@ -350,7 +368,7 @@ static PyObject *segment_abort(Segment *self, PyObject *tuple)
     if (!parse_ticket(tuple, &ticket) || !usable(self))
         return NULL;
     CALL(shml_abort(&self->seg, &ticket));
-    return status_or_raise(status, "abort");
+    return status_or_raise(&self->seg, status, "abort");
 }
 
 static PyObject *segment_get_many(Segment *self, PyObject *args)
@@ -367,7 +385,7 @@ static PyObject *segment_get_many(Segment *self, PyObject *args)
         CALL(shml_get_many(&self->seg, ids.buf, n, post, out, &num_missing));
         if (status != SHML_OK) {
             Py_CLEAR(refs);
-            raise_status(status, "get_many");
+            raise_on(&self->seg, status, "get_many");
         }
     }
     PyBuffer_Release(&ids);
@@ -419,7 +437,7 @@ static PyObject *segment_have(Segment *self, PyObject *args)
     CALL(shml_have(&self->seg, first, n, out));
     if (status != SHML_OK) {
         Py_DECREF(bits);
-        return raise_status(status, "have");
+        return raise_on(&self->seg, status, "have");
     }
     return bits;
 }
@@ -434,7 +452,7 @@ static PyObject *segment_wanted(Segment *self, PyObject *args)
         return NULL;
     CALL(shml_wanted(&self->seg, first, n, ids, MAX_WANTED));
     if (status < 0)
-        return raise_status(status, "wanted");
+        return raise_on(&self->seg, status, "wanted");
     PyObject *list = PyList_New(status);
     for (int i = 0; list != NULL && i < status; i++) {
         PyObject *id = PyLong_FromUnsignedLongLong(ids[i]);
@@ -451,7 +469,7 @@ static PyObject *segment_claim(Segment *self, PyObject *unused)
         return NULL;
     uint32_t chunk = 0;
     CALL(shml_chunk_claim(&self->seg, &chunk));
-    return status == SHML_OK ? PyLong_FromUnsignedLong(chunk) : status_or_raise(status, "claim");
+    return status == SHML_OK ? PyLong_FromUnsignedLong(chunk) : status_or_raise(&self->seg, status, "claim");
 }
 
 static PyObject *segment_finish(Segment *self, PyObject *args)
@@ -461,7 +479,7 @@ static PyObject *segment_finish(Segment *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "Ip", &chunk, &broken) || !usable(self))
         return NULL;
     CALL(broken ? shml_chunk_broken(&self->seg, chunk) : shml_chunk_done(&self->seg, chunk));
-    return status_or_raise(status, "finish");
+    return status_or_raise(&self->seg, status, "finish");
 }
 
 static PyObject *segment_touch(Segment *self, PyObject *unused)
@@ -482,7 +500,7 @@ static PyObject *segment_back(Segment *self, PyObject *args)
     shml_memory_t memory = {0};
     CALL(shml_ring_back(&self->seg, fd, need_end, &memory));
     if (status != SHML_OK && status != SHML_E_MEMORY)
-        return raise_status(status, "back");
+        return raise_on(&self->seg, status, "back");
     return Py_BuildValue("(iKs)", status, memory.available_bytes, memory.limited_by);
 }
 
@@ -498,7 +516,7 @@ static PyObject *segment_text_put(Segment *self, PyObject *args)
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&text);
-    return PyErr_Occurred() ? NULL : status_or_raise(status, "text_put");
+    return PyErr_Occurred() ? NULL : status_or_raise(&self->seg, status, "text_put");
 }
 
 static PyObject *segment_text_get(Segment *self, PyObject *args)
@@ -511,7 +529,7 @@ static PyObject *segment_text_get(Segment *self, PyObject *args)
         return PyErr_NoMemory();
     int n = shml_text_get(&self->seg, which, text);
     PyObject *result = n == SHML_E_NOTFOUND ? Py_NewRef(Py_None)
-                       : n < 0              ? raise_status(n, "text_get")
+                       : n < 0              ? raise_on(&self->seg, n, "text_get")
                                             : PyBytes_FromStringAndSize(text, n);
     PyMem_Free(text);
     return result;
@@ -539,14 +557,14 @@ static PyObject *segment_stats(Segment *self, PyObject *unused)
     shml_stats_t s;
     CALL(shml_get_stats(&self->seg, &s));
     if (status != SHML_OK)
-        return raise_status(status, "stats");
-    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsIsIsIsIsIsIsIsIsIsIsI}", "num_records", s.num_records, "ring_bytes",
-                         s.ring_bytes, "resident_bytes", s.resident_bytes, "backed_bytes", s.backed_bytes, "used_bytes",
-                         s.used_bytes, "num_ready", s.num_ready, "num_errors", s.num_errors, "num_reserved",
-                         s.num_reserved, "num_commits", s.num_commits, "progress", s.progress, "chunks_todo",
-                         s.chunks_todo, "chunks_claimed", s.chunks_claimed, "chunks_done", s.chunks_done,
-                         "chunks_broken", s.chunks_broken, "num_owners", s.num_owners, "num_workers", s.num_workers,
-                         "num_services", s.num_services, "num_reaped", s.num_reaped, "num_services_lost",
+        return raise_on(&self->seg, status, "stats");
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsKsIsIsIsIsIsIsIsIsIsIsI}", "num_records", s.num_records, "head_bytes",
+                         s.head_bytes, "ring_bytes", s.ring_bytes, "resident_bytes", s.resident_bytes, "backed_bytes",
+                         s.backed_bytes, "used_bytes", s.used_bytes, "num_ready", s.num_ready, "num_errors",
+                         s.num_errors, "num_reserved", s.num_reserved, "num_commits", s.num_commits, "progress",
+                         s.progress, "chunks_todo", s.chunks_todo, "chunks_claimed", s.chunks_claimed, "chunks_done",
+                         s.chunks_done, "chunks_broken", s.chunks_broken, "num_owners", s.num_owners, "num_workers",
+                         s.num_workers, "num_services", s.num_services, "num_reaped", s.num_reaped, "num_services_lost",
                          s.num_services_lost, "num_rebuilds", s.num_rebuilds, "frozen", s.frozen);
 }
 
@@ -587,7 +605,7 @@ static PyObject *segment_check(Segment *self, PyObject *unused)
     CALL(shml_check(&self->seg, NULL, &what));
     if (status == SHML_E_CORRUPT)
         return PyUnicode_FromString(what);
-    return status == SHML_OK ? Py_NewRef(Py_None) : raise_status(status, "check");
+    return status == SHML_OK ? Py_NewRef(Py_None) : raise_on(&self->seg, status, "check");
 }
 
 /* refs: bytes of shml_ref_t. */
@@ -616,7 +634,8 @@ static PyObject *segment_count_reads(Segment *self, PyObject *object)
     for (uint32_t i = 0; list != NULL && i < n; i++) {
         uint32_t reads;
         int status = shml_count_reads(&self->seg, &refs[i], 1, &reads);
-        PyObject *item = status == SHML_OK ? PyLong_FromUnsignedLong(reads) : raise_status(status, "count_reads");
+        PyObject *item =
+            status == SHML_OK ? PyLong_FromUnsignedLong(reads) : raise_on(&self->seg, status, "count_reads");
         if (item == NULL || PyList_SetItem(list, (Py_ssize_t)i, item) != 0)
             Py_CLEAR(list);
     }
@@ -642,7 +661,7 @@ static PyObject *segment_fields(Segment *self, PyObject *args)
         int status = shml_record_field(self->seg.ring + offset, num_bytes, i, &field);
         PyObject *item = status == SHML_E_NOTFOUND ? Py_NewRef(Py_None)
                          : status != SHML_OK
-                             ? raise_status(status, "fields")
+                             ? raise_on(&self->seg, status, "fields")
                              : Py_BuildValue("(KKN)", field.offset, field.num_bytes, dims_tuple(field.dims));
         if (item == NULL || PyList_SetItem(list, (Py_ssize_t)i, item) != 0)
             Py_CLEAR(list);
@@ -664,7 +683,7 @@ static PyObject *segment_measure(Segment *self, PyObject *args)
         return raise_status(SHML_E_INVAL, "measure");
     CALL(shml_measure(self->seg.ring, self->seg.ring_bytes, refs, n, num_fields, measures));
     if (status != SHML_OK)
-        return raise_status(status, "measure");
+        return raise_on(&self->seg, status, "measure");
     PyObject *list = PyList_New((Py_ssize_t)num_fields);
     for (uint32_t i = 0; list != NULL && i < num_fields; i++) {
         PyObject *item = Py_BuildValue("(NNI)", dims_tuple(measures[i].min_dims), dims_tuple(measures[i].max_dims),
@@ -742,7 +761,7 @@ static PyObject *segment_gather(Segment *self, PyObject *args)
     if (parsed < num_ops)
         return NULL;
     if (status != SHML_OK)
-        return raise_status(status, "gather");
+        return raise_on(&self->seg, status, "gather");
     Py_RETURN_NONE;
 }
 
@@ -851,7 +870,7 @@ static PyObject *batch_acquire(BatchRing *self, PyObject *args)
     shml_slot_t slot;
     CALL(shml_slot_acquire(&self->h, num_bytes, max_slots, &slot));
     if (status != SHML_OK)
-        return status_or_raise(status, "acquire");
+        return status_or_raise(NULL, status, "acquire");
     return Py_BuildValue("(KKII)", slot.offset, slot.capacity, slot.index, slot.gen);
 }
 
@@ -873,7 +892,7 @@ static PyObject *batch_send(BatchRing *self, PyObject *tuple)
     shml_slot_t slot;
     if (!parse_slot(tuple, &slot) || !batch_usable(self))
         return NULL;
-    return status_or_raise(shml_slot_send(&self->h, &slot), "send");
+    return status_or_raise(NULL, shml_slot_send(&self->h, &slot), "send");
 }
 
 static PyObject *batch_drop(BatchRing *self, PyObject *tuple)
@@ -881,7 +900,7 @@ static PyObject *batch_drop(BatchRing *self, PyObject *tuple)
     shml_slot_t slot;
     if (!parse_slot(tuple, &slot) || !batch_usable(self))
         return NULL;
-    return status_or_raise(shml_slot_drop(&self->h, &slot), "drop");
+    return status_or_raise(NULL, shml_slot_drop(&self->h, &slot), "drop");
 }
 
 static PyObject *batch_adopt(BatchRing *self, PyObject *tuple)
@@ -892,7 +911,7 @@ static PyObject *batch_adopt(BatchRing *self, PyObject *tuple)
         return NULL;
     int status = shml_slot_adopt(&self->h, &slot, &held, &total);
     if (status != SHML_OK)
-        return status_or_raise(status, "adopt");
+        return status_or_raise(NULL, status, "adopt");
     return Py_BuildValue("(II)", held, total);
 }
 
@@ -903,7 +922,7 @@ static PyObject *batch_release(BatchRing *self, PyObject *tuple)
         return NULL;
     if (!in_home(self->mapping) || exiting)
         Py_RETURN_NONE;
-    return status_or_raise(shml_slot_release(&self->h, &slot), "release");
+    return status_or_raise(NULL, shml_slot_release(&self->h, &slot), "release");
 }
 
 static PyObject *batch_trim(BatchRing *self, PyObject *unused)

@@ -321,20 +321,26 @@ def test_services_ignore_an_interrupt(tmp_path: Path) -> None:
 
 
 INTERRUPTED = """
-import sys
+import sys, threading
 from pathlib import Path
 from shmloader import Options, ShmMultimodalDataset
-from support_sets import gated
+from support_sets import gated, wait_until
+
+def tell():
+    wait_until(lambda: segment.wanted(9, 1))
+    print("waits", flush=True)
 
 name, gate = sys.argv[1], Path(sys.argv[2])
 options = Options(ring_bytes="1MiB", prefetchers=1, timeout_s=60)
 with ShmMultimodalDataset(dataset_name=name, process=gated(gate, 8), options=options) as dataset:
-    dataset[0]
-    print("waits", flush=True)
+    segment = dataset._reader.attach().segment
+    thread = threading.Thread(target=tell)
     try:
+        thread.start()
         dataset[9]
     except KeyboardInterrupt:
         print("interrupted", flush=True)
+    thread.join()
     gate.touch()
     print(int(dataset[9]["number"]), dataset.stats().restarts)
 """

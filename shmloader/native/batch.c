@@ -72,8 +72,10 @@ int shml_batch_lock(shml_bhandle_t *h, uint32_t timeout_ms, int *repaired)
     int error = h->env->lock(h->env->ctx, &batch->mutex, timeout_ms);
     if (error == ENOTRECOVERABLE)
         return shml_batch_poison(batch);
-    if (error != 0 && error != EOWNERDEAD)
+    if (error != 0 && error != EOWNERDEAD) {
+        errno = error;
         return error == ETIMEDOUT ? SHML_E_TIMEOUT : SHML_E_SYS;
+    }
     *repaired = error == EOWNERDEAD;
     int rc = *repaired ? repair(h) : SHML_OK;
     if (rc != SHML_OK)

@@ -43,6 +43,8 @@ static void set_word(struct shml_control *c, uint32_t index, uint32_t state, uin
     atomic_fetch_add_explicit(&c->progress, 1, memory_order_relaxed);
 }
 
+static int has_row(const shml_chunk_t *chunk, uint64_t id) { return id - chunk->first_row < chunk->num_rows; }
+
 int32_t shml_chunk_of(struct shml_control *c, uint64_t id)
 {
     const shml_chunk_t *chunks = shml_chunks(c);
@@ -70,8 +72,10 @@ static int32_t most_wanted(struct shml_control *c)
             if (clients[slot].state != SHML_CLIENT_ACTIVE)
                 continue;
             const uint64_t *wants = shml_wants(c, slot);
+            int32_t index = -1;
             for (uint32_t i = 0; i < clients[slot].num_wants && i < SHML_MAX_WANTS; i++) {
-                int32_t index = shml_chunk_of(c, wants[i]);
+                if (index < 0 || !has_row(&chunks[index], wants[i])) /* often the same chunk as the one before */
+                    index = shml_chunk_of(c, wants[i]);
                 if (index < 0 || word_state(chunks[index].word) != SHML_CHUNK_TODO)
                     continue;
                 chunks[index].waiting = pass == 0 ? 0 : chunks[index].waiting + 1;
@@ -99,7 +103,7 @@ int shml_chunk_claim(shml_seg_t *seg, uint32_t *chunk)
     struct shml_control *c = seg->control;
     int32_t index = -1;
     if (seg->self < 0)
-        status = SHML_E_INVAL;
+        status = SHML_E_LEFT;
     else if (c->chunks_todo > 0 && !(c->is_sequential && c->chunks_claimed > 0)) {
         index = c->is_sequential ? -1 : most_wanted(c);
         if (index < 0)
@@ -129,8 +133,10 @@ static int finish(shml_seg_t *seg, uint32_t index, uint32_t state)
         return status;
     struct shml_control *c = seg->control;
     uint32_t word = index < c->num_chunks ? shml_chunks(c)[index].word : 0;
-    if (index >= c->num_chunks || seg->self < 0)
+    if (index >= c->num_chunks)
         status = SHML_E_INVAL;
+    else if (seg->self < 0)
+        status = SHML_E_LEFT;
     else if (word_state(word) != SHML_CHUNK_CLAIMED || word_slot(word) != (uint32_t)seg->self)
         status = SHML_E_STALE;
     else {
@@ -138,8 +144,8 @@ static int finish(shml_seg_t *seg, uint32_t index, uint32_t state)
         set_word(c, index, state, word_deaths(word), 0);
         if (state == SHML_CHUNK_BROKEN)
             shml_wants_wake(seg, chunk->first_row, chunk->num_rows);
-        if (c->is_sequential || c->chunks_todo == 0)
-            tell_services(seg);
+        if (c->chunks_todo == 0)
+            tell_services(seg); /* those that wait for a chunk which will not come back */
     }
     shml_unlock(seg);
     return status;

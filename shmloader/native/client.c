@@ -74,7 +74,7 @@ static int clean_up(shml_seg_t *seg, uint32_t slot, int is_dead)
     struct shml_control *c = seg->control;
     shml_client_t *client = &shml_clients(c)[slot];
     shml_desc_t *descs = shml_descs(c);
-    for (uint32_t i = 0; i < c->desc_end; i++) {
+    for (uint32_t i = 0; c->num_reserved > 0 && i < c->desc_end; i++) {
         if (descs[i].state == SHML_DESC_RESERVED && descs[i].owner == slot) {
             int status = shml_desc_hole(seg, i);
             if (status != SHML_OK)
@@ -95,14 +95,15 @@ static int clean_up(shml_seg_t *seg, uint32_t slot, int is_dead)
 
 void shml_client_unregister(shml_seg_t *seg)
 {
-    if (seg->self < 0)
-        return;
-    if (shml_lock(seg) == SHML_OK) {
-        (void)clean_up(seg, (uint32_t)seg->self, 0); /* what it finds damaged poisons the segment */
+    int status = shml_lock(seg);
+    int32_t slot = seg->self;
+    if (slot >= 0 && status == SHML_OK)
+        (void)clean_up(seg, (uint32_t)slot, 0); /* what it finds damaged poisons the segment */
+    seg->self = -1; /* under the mutex: another thread's call has either ended or will see it */
+    if (status == SHML_OK)
         shml_unlock(seg);
-    }
-    seg->env->hold(seg->env->ctx, seg->lock_fd, (uint32_t)seg->self, 0);
-    seg->self = -1;
+    if (slot >= 0)
+        seg->env->hold(seg->env->ctx, seg->lock_fd, (uint32_t)slot, 0);
 }
 
 uint32_t shml_client_gen(const shml_seg_t *seg, int32_t slot)

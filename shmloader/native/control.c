@@ -41,7 +41,7 @@ static uint64_t lay_out(const shml_config_t *config, struct shml_control *c)
 {
     if (config->ring_bytes == 0 || config->ring_bytes % 4096 != 0 || config->resident_bytes > config->ring_bytes)
         return 0;
-    if (config->num_records == 0 || config->num_records > UINT32_MAX / 2 || config->num_chunks > UINT32_MAX / 2)
+    if (config->num_records == 0 || config->num_records > UINT32_MAX / 4 || config->num_chunks > UINT32_MAX / 4)
         return 0;
     /* Beside the samples: one error record a chunk, and holes that nothing fits into yet. */
     c->num_descs = (uint32_t)(config->num_records + config->num_chunks + 1024);
@@ -78,12 +78,17 @@ uint64_t shml_control_bytes(const shml_config_t *config)
 int shml_mutex_init(pthread_mutex_t *mutex)
 {
     pthread_mutexattr_t attr;
-    if (pthread_mutexattr_init(&attr) != 0)
-        return SHML_E_SYS;
-    int failed = pthread_mutexattr_setpshared(&attr, PTHREAD_PROCESS_SHARED) != 0 ||
-                 pthread_mutexattr_setrobust(&attr, PTHREAD_MUTEX_ROBUST) != 0 || pthread_mutex_init(mutex, &attr) != 0;
-    pthread_mutexattr_destroy(&attr);
-    return failed ? SHML_E_SYS : SHML_OK;
+    int error = pthread_mutexattr_init(&attr);
+    if (error == 0) {
+        error = pthread_mutexattr_setpshared(&attr, PTHREAD_PROCESS_SHARED);
+        if (error == 0)
+            error = pthread_mutexattr_setrobust(&attr, PTHREAD_MUTEX_ROBUST);
+        if (error == 0)
+            error = pthread_mutex_init(mutex, &attr);
+        pthread_mutexattr_destroy(&attr);
+    }
+    errno = error;
+    return error == 0 ? SHML_OK : SHML_E_SYS;
 }
 
 int shml_control_format(void *control, uint64_t bytes, const shml_config_t *config, const uint64_t *first_rows,
@@ -113,6 +118,8 @@ int shml_control_format(void *control, uint64_t bytes, const shml_config_t *conf
         chunks[i].num_rows = num_rows[i];
         next += num_rows[i];
     }
+    if (next > config->num_records)
+        return SHML_E_INVAL;
     c->chunks_todo = config->num_chunks;
     c->state = SHML_SEG_READY;
     /* SYNC(format): pairs with the acquire in shml_control_check. */
@@ -178,6 +185,10 @@ int shml_lock(shml_seg_t *seg)
         if (atomic_load_explicit(&c->dirty, memory_order_relaxed))
             status = shml_rebuild(seg);
         SHML_FP("control.lock.repaired");
+        /* Its last wakes may have been lost with the dead holder: everybody looks again. */
+        shml_wants_wake(seg, 0, UINT64_MAX);
+        atomic_fetch_add_explicit(&c->work, 1, memory_order_release);
+        seg->env->wake(seg->env->ctx, (uint32_t *)&c->work);
         if (status != SHML_OK) {
             seg->env->unlock(seg->env->ctx, &c->mutex, 1);
             return status;
@@ -187,8 +198,10 @@ int shml_lock(shml_seg_t *seg)
     }
     if (error == ENOTRECOVERABLE)
         return SHML_POISON(seg);
-    if (error != 0)
+    if (error != 0) {
+        errno = error;
         return error == ETIMEDOUT ? SHML_E_TIMEOUT : SHML_E_SYS;
+    }
     if (atomic_load_explicit(&c->state, memory_order_acquire) != SHML_SEG_READY) {
         seg->env->unlock(seg->env->ctx, &c->mutex, 0);
         return SHML_E_POISONED;
@@ -256,6 +269,7 @@ int shml_get_stats(shml_seg_t *seg, shml_stats_t *stats)
         .ring_bytes = c->ring_bytes,
         .resident_bytes = c->resident_bytes,
         .backed_bytes = c->backed_end,
+        .head_bytes = c->head,
         .used_bytes = c->used_bytes,
         .num_records = c->num_buckets,
         .num_ready = c->num_ready,

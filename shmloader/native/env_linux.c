@@ -77,13 +77,36 @@ static struct flock byte_lock(short type, uint64_t offset)
 int32_t shml_byte_holder(int lock_fd, uint64_t offset)
 {
     struct flock lock = byte_lock(F_WRLCK, offset);
-    if (fcntl(lock_fd, F_GETLK, &lock) != 0 || lock.l_type == F_UNLCK)
+    if (fcntl(lock_fd, F_GETLK, &lock) != 0)
+        return -1; /* we cannot ask any more: take nobody for dead */
+    if (lock.l_type == F_UNLCK)
         return 0;
     return lock.l_pid > 0 ? (int32_t)lock.l_pid : -1;
 }
 
+/* Has process `pid` any memory of ours mapped? Its memfds' names begin so, see RingFiles.create. */
+static int has_mapping(int32_t pid)
+{
+    static const char name[] = "/memfd:shmloader-";
+    char path[32], text[4096 + sizeof name];
+    size_t kept = 0;
+    snprintf(path, sizeof path, "/proc/%d/maps", (int)pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC), found = 0;
+    if (fd < 0)
+        return 0;
+    for (ssize_t n; !found && (n = read(fd, text + kept, 4096)) > 0;) {
+        size_t length = kept + (size_t)n;
+        found = memmem(text, length, name, sizeof name - 1) != NULL;
+        kept = length < sizeof name ? length : sizeof name; /* the name may lie across two reads */
+        memmove(text, text + length - kept, kept);
+    }
+    close(fd);
+    return found;
+}
+
 /* Dead means: the byte is free (the kernel frees it after the process's memory is gone, so nothing can be stored
- * any more), and it is not a living process that merely closed the descriptor, as closefrom() does. */
+ * any more), and it is not a living process that merely closed the descriptor, as closefrom() does. One that called
+ * execve() has the same pid and start time, but nothing of ours mapped. */
 static int env_alive(void *ctx, int lock_fd, uint32_t slot, const shml_client_t *client)
 {
     (void)ctx;
@@ -94,7 +117,7 @@ static int env_alive(void *ctx, int lock_fd, uint32_t slot, const shml_client_t 
     uint64_t starttime;
     if (!read_stat(client->pid, &state, &starttime))
         return 0;
-    return starttime == client->starttime && state != 'Z' && state != 'X';
+    return starttime == client->starttime && state != 'Z' && state != 'X' && has_mapping(client->pid);
 }
 
 static int env_hold(void *ctx, int lock_fd, uint32_t slot, int take)

@@ -9,6 +9,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "map.h"
@@ -17,34 +18,51 @@
 static struct sigaction previous;
 static char report[1024];
 static size_t report_bytes;
-static char inherited_report[] =
-    "shmloader: access to a view of a sample that was made before fork(): it is valid in the parent process only. "
-    "Read the sample again in this process.\n";
+static volatile sig_atomic_t is_in_previous;
 static pthread_mutex_t install_mutex = PTHREAD_MUTEX_INITIALIZER;
+
+/* Tell what this fault is, in one call, so that other processes' lines do not come in between. */
+static void tell(const shml_mapping_t *mapping)
+{
+    static char before[] = "shmloader: this process has no access to the ";
+    static char after[] = " that the process which forked it had mapped: a sample or batch made before fork() is valid "
+                          "there only. Read it again here.\n";
+    struct iovec parts[3] = {{report, report_bytes}};
+    int num_parts = 1;
+    if (mapping->is_inherited) {
+        parts[0] = (struct iovec){before, sizeof before - 1};
+        parts[1] = (struct iovec){(void *)mapping->name, strlen(mapping->name)};
+        parts[2] = (struct iovec){after, sizeof after - 1};
+        num_parts = 3;
+    }
+    ssize_t written = writev(STDERR_FILENO, parts, num_parts);
+    (void)written; /* nobody is left to be told that telling failed */
+}
 
 static void on_fault(int signal, siginfo_t *info, void *context)
 {
-    if (info->si_code == SEGV_ACCERR) {
-        const shml_mapping_t *mapping = shml_mapping_at((uintptr_t)info->si_addr);
-        const char *text = mapping == NULL ? NULL : mapping->is_inherited ? inherited_report : report;
-        size_t num_bytes = text == report ? report_bytes : text == NULL ? 0 : sizeof inherited_report - 1;
-        while (num_bytes > 0) {
-            ssize_t n = write(STDERR_FILENO, text, num_bytes);
-            if (n <= 0)
-                break;
-            text += n;
-            num_bytes -= (size_t)n;
-        }
-        sigaction(SIGSEGV, &previous, NULL);
+    if (is_in_previous) { /* a handler installed after ours has called us, and we it: end as without either */
+        sigaction(signal, &(struct sigaction){.sa_handler = SIG_DFL}, NULL);
         return;
     }
-    if (previous.sa_flags & SA_SIGINFO) {
-        previous.sa_sigaction(signal, info, context);
-    } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
-        previous.sa_handler(signal);
-    } else {
-        sigaction(SIGSEGV, &previous, NULL);
+    const shml_mapping_t *mapping = info->si_code == SEGV_ACCERR ? shml_mapping_at((uintptr_t)info->si_addr) : NULL;
+    if (mapping != NULL) {
+        tell(mapping);
+        sigaction(signal, &previous, NULL);
+        return; /* and the same instruction faults again, into that one */
     }
+    if (previous.sa_flags & SA_SIGINFO || (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN)) {
+        is_in_previous = 1;
+        if (previous.sa_flags & SA_SIGINFO)
+            previous.sa_sigaction(signal, info, context);
+        else
+            previous.sa_handler(signal);
+        is_in_previous = 0;
+        return;
+    }
+    sigaction(signal, &previous, NULL);
+    if (info->si_code <= 0) /* sent by kill() or raise(): no instruction will fault again */
+        raise(signal);
 }
 
 int shml_fault_report(const char *advice)

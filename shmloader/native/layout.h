@@ -25,7 +25,7 @@
  *
  * A DESCRIPTOR'S LIFE. FREE -> RESERVED (the writer fills the bytes, without the mutex) -> READY or ERROR. A writer
  * that dies or gives up leaves a HOLE: a block of the resident part without a record, which the next
- * record that fits reuses. A HOLE at the top of the used part goes back to the free space at once.
+ * record of its size takes. HOLEs at the top of the used part go back to the free space at once.
  */
 #ifndef SHML_LAYOUT_H
 #define SHML_LAYOUT_H
@@ -58,9 +58,10 @@ struct shml_client {
     uint64_t starttime; /* with pid: which process, even when pids are used again */
     int32_t owner;      /* slot of a worker's owner or a prefetcher's supervisor, -1: none */
     uint32_t owner_gen;
-    uint32_t num_wants;    /* of its want-list; commits take met ids out */
-    _Atomic uint32_t wake; /* futex word, any: +1 when the last want is met */
-    uint64_t reserved[3];
+    uint32_t num_wants;             /* of its want-list; commits take met ids out */
+    _Atomic uint32_t wake;          /* futex word, any: +1 when the last want is met */
+    uint64_t least_want, most_want; /* bounds of its want-list, to pass over it quickly */
+    uint64_t reserved;
 };
 _Static_assert(sizeof(struct shml_client) == 64, "a client is a cache line");
 
@@ -130,13 +131,13 @@ struct shml_control {
     _Alignas(64) uint64_t backed_end; /* the ring has memory below this; only grows */
     uint32_t frozen;                  /* 1: memory was refused, backed_end is final */
     uint32_t num_reaped, num_services_lost, num_rebuilds;
+    uint32_t desc_end;    /* no descriptor at or above this index was ever used; stored before one is, only grows */
     uint64_t num_commits; /* ever; a kill between it and the state counts a decode that was done again: two */
 
     /* Derived, under the mutex. */
     _Alignas(64) uint64_t head; /* end of the highest record: the free space of the resident part begins here */
     uint64_t used_bytes;        /* of RESERVED, READY and ERROR */
     uint32_t num_ready, num_errors, num_reserved;
-    uint32_t desc_end;     /* no descriptor at or above this index was ever used */
     uint32_t free_list;    /* FREE descriptors below desc_end; index + 1 */
     uint32_t hole_list;    /* HOLE descriptors; index + 1 */
     uint32_t chunk_cursor; /* no chunk below this is TODO */
@@ -144,7 +145,7 @@ struct shml_control {
 
     /* Written by anybody, each alone. */
     _Alignas(64) _Atomic uint64_t progress; /* +1 whenever anything moves: readers that wait look at it */
-    _Atomic uint32_t work;                  /* futex word: +1 when a chunk can be claimed, or wants were posted */
+    _Atomic uint32_t work;                  /* futex word: +1 when there may be a chunk to claim, or none is left */
     _Atomic uint64_t reaped_at_ns;          /* CAS claims the next reaping */
     _Atomic uint64_t epoch;
 };

@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #include "map.h"
 
+#include <errno.h>
 #include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -75,7 +76,6 @@ void *shml_map(int fd, uint64_t num_bytes, int writable, const char *name)
         i++;
     if (i < SHML_MAX_MAPPINGS) {
         mappings[i].at = at;
-        mappings[i].writable = writable;
         mappings[i].is_inherited = 0;
         strncpy(mappings[i].name, name, sizeof mappings[i].name - 1);
         atomic_store_explicit(&mappings[i].num_bytes, num_bytes, memory_order_release);
@@ -83,6 +83,7 @@ void *shml_map(int fd, uint64_t num_bytes, int writable, const char *name)
     pthread_mutex_unlock(&mappings_mutex);
     if (i == SHML_MAX_MAPPINGS) {
         munmap((void *)at, num_bytes);
+        errno = ENFILE;
         return NULL;
     }
     return (void *)at;

@@ -11,8 +11,7 @@
 typedef struct shml_mapping {
     uintptr_t at;
     _Atomic uint64_t num_bytes; /* 0: the entry is free */
-    int writable;
-    int is_inherited; /* a reservation in the place of a mapping of the parent's */
+    int is_inherited;           /* a reservation in the place of a mapping of the parent's */
     char name[24];
 } shml_mapping_t;
 

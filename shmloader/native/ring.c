@@ -32,7 +32,8 @@ void shml_wants_met(shml_seg_t *seg, uint64_t id)
     for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
         shml_client_t *client = &clients[slot];
         uint32_t n = client->num_wants;
-        if (n == 0 || n > SHML_MAX_WANTS || client->state != SHML_CLIENT_ACTIVE)
+        if (n == 0 || n > SHML_MAX_WANTS || id < client->least_want || id > client->most_want ||
+            client->state != SHML_CLIENT_ACTIVE)
             continue;
         uint64_t *wants = shml_wants(c, slot);
         for (uint32_t i = 0; i < n;) {
@@ -89,24 +90,51 @@ int shml_wanted(shml_seg_t *seg, uint64_t first, uint32_t n, uint64_t *ids, uint
 
 uint32_t shml_wake_word(const shml_seg_t *seg)
 {
-    return seg->self < 0 ? 0 : atomic_load_explicit(&shml_clients(seg->control)[seg->self].wake, memory_order_acquire);
+    int32_t slot = seg->self;
+    return slot < 0 ? 0 : atomic_load_explicit(&shml_clients(seg->control)[slot].wake, memory_order_acquire);
 }
 
 void shml_wait(shml_seg_t *seg, uint32_t seen, uint32_t timeout_ms)
 {
-    if (seg->self < 0)
+    int32_t slot = seg->self;
+    if (slot < 0)
         return;
-    uint32_t *word = (uint32_t *)&shml_clients(seg->control)[seg->self].wake;
+    uint32_t *word = (uint32_t *)&shml_clients(seg->control)[slot].wake;
     seg->env->wait(seg->env->ctx, word, seen, timeout_ms < SHML_TICK_MS ? timeout_ms : SHML_TICK_MS);
 }
 
 /* ------------------------------------------------ writing ---------------------------------------------- */
 
-static uint32_t pop(struct shml_control *c, uint32_t *list)
+/* Take the first of a list out; -1: what the list says is no descriptor. */
+static int64_t pop(struct shml_control *c, uint32_t *list)
 {
+    if (*list == 0 || *list > c->num_descs)
+        return -1;
     uint32_t index = *list - 1;
     *list = shml_descs(c)[index].next;
     return index;
+}
+
+/* HOLEs that now end where the free space begins join it. */
+static void absorb_holes(struct shml_control *c)
+{
+    shml_desc_t *descs = shml_descs(c);
+    uint32_t *at = &c->hole_list;
+    for (uint32_t steps = 0; *at != 0 && *at <= c->num_descs && steps <= c->num_descs; steps++) {
+        uint32_t index = *at - 1;
+        if (descs[index].offset + descs[index].num_bytes != c->head) {
+            at = &descs[index].next;
+            continue;
+        }
+        *at = descs[index].next;
+        SHML_FP("ring.absorb.out");
+        atomic_store_explicit(&descs[index].state, SHML_DESC_FREE, memory_order_release);
+        SHML_FP("ring.absorb.free");
+        c->head = descs[index].offset;
+        descs[index].next = c->free_list;
+        c->free_list = index + 1;
+        at = &c->hole_list; /* one that was passed may be at the top now */
+    }
 }
 
 /* Leave block `index` without a record. Its bytes are free again if nothing lies above them, else a HOLE. */
@@ -131,32 +159,41 @@ int shml_desc_hole(shml_seg_t *seg, uint32_t index)
     SHML_FP("ring.hole.next");
     *list = index + 1;
     SHML_FP("ring.hole.listed");
+    if (at_top)
+        absorb_holes(c);
     shml_end_change(c);
     return SHML_OK;
 }
 
-/* The hole that fits: the record's old place, when its chunk is read again. Taken out of the list; -1: none. */
+/* The hole of just this size (the record's old place, when its chunk is read again), out of its list; -1: none. */
 static int64_t take_hole(struct shml_control *c, uint64_t num_bytes)
 {
     shml_desc_t *descs = shml_descs(c);
-    for (uint32_t *at = &c->hole_list; *at != 0; at = &descs[*at - 1].next) {
+    uint32_t *at = &c->hole_list;
+    for (uint32_t steps = 0; *at != 0 && *at <= c->num_descs && steps <= c->num_descs; steps++) {
         if (descs[*at - 1].num_bytes == num_bytes)
             return pop(c, at);
+        at = &descs[*at - 1].next;
     }
     return -1;
 }
 
-static int place(shml_seg_t *seg, uint64_t num_bytes, int64_t *hole)
+/* Where a record of `num_bytes` goes: the descriptor's index (a HOLE has its place, any other goes to the head). */
+static int64_t place(shml_seg_t *seg, uint64_t num_bytes)
 {
     struct shml_control *c = seg->control;
-    *hole = take_hole(c, num_bytes);
-    if (*hole >= 0)
-        return SHML_OK;
-    if (num_bytes > c->resident_bytes - c->head)
+    int64_t hole = take_hole(c, num_bytes);
+    if (hole >= 0)
+        return hole;
+    if (c->head > c->resident_bytes || num_bytes > c->resident_bytes - c->head)
         return SHML_E_FULL;
     if (c->head + num_bytes > c->backed_end)
         return c->frozen ? SHML_E_MEMORY : SHML_E_EXTEND;
-    return c->free_list == 0 && c->desc_end == c->num_descs ? SHML_E_FULL : SHML_OK;
+    if (c->free_list != 0) {
+        int64_t index = pop(c, &c->free_list);
+        return index >= 0 ? index : SHML_POISON(seg);
+    }
+    return c->desc_end < c->num_descs ? (int64_t)c->desc_end++ : SHML_E_FULL;
 }
 
 static int reserve_locked(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, shml_ticket_t *ticket)
@@ -167,19 +204,17 @@ static int reserve_locked(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, shml
         return SHML_E_EXISTS;
     if (status != SHML_OK)
         return status;
-    int64_t hole;
     /* Dirty from here: lists, head and chains change before the descriptor's state says so. */
     shml_begin_change(c);
     SHML_FP("ring.reserve.dirty");
-    status = place(seg, num_bytes, &hole);
-    if (status != SHML_OK) {
+    int64_t index = place(seg, num_bytes);
+    if (index < 0) {
         shml_end_change(c);
-        return status;
+        return (int)index;
     }
-    uint32_t index = hole >= 0 ? (uint32_t)hole : c->free_list != 0 ? pop(c, &c->free_list) : c->desc_end++;
     SHML_FP("ring.reserve.index");
     shml_desc_t *desc = &shml_descs(c)[index];
-    if (hole < 0) {
+    if (desc->state != SHML_DESC_HOLE) {
         desc->offset = c->head;
         desc->num_bytes = num_bytes;
         c->head += num_bytes;
@@ -193,26 +228,27 @@ static int reserve_locked(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, shml
     SHML_FP("ring.reserve.filled");
     atomic_store_explicit(&desc->state, SHML_DESC_RESERVED, memory_order_release);
     SHML_FP("ring.reserve.state");
-    shml_link(c, index);
+    shml_link(c, (uint32_t)index);
     SHML_FP("ring.reserve.linked");
     c->used_bytes += num_bytes;
     c->num_reserved++;
     SHML_FP("ring.reserve.counted");
     shml_end_change(c);
-    *ticket = (shml_ticket_t){.offset = desc->offset, .num_bytes = num_bytes, .desc = index, .gen = desc->gen};
+    *ticket =
+        (shml_ticket_t){.offset = desc->offset, .num_bytes = num_bytes, .desc = (uint32_t)index, .gen = desc->gen};
     return SHML_OK;
 }
 
 int shml_reserve(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, shml_ticket_t *ticket)
 {
-    if (seg->self < 0 || num_bytes == 0)
+    if (num_bytes == 0)
         return SHML_E_INVAL;
     if (num_bytes > seg->control->resident_bytes)
         return SHML_E_TOOBIG;
     int status = shml_lock(seg);
     if (status != SHML_OK)
         return status;
-    status = reserve_locked(seg, id, shml_align(num_bytes), ticket);
+    status = seg->self < 0 ? SHML_E_LEFT : reserve_locked(seg, id, shml_align(num_bytes), ticket);
     shml_unlock(seg);
     return status;
 }
@@ -305,49 +341,62 @@ static int look_up(shml_seg_t *seg, uint64_t id, shml_ref_t *ref)
 
 int shml_get_many(shml_seg_t *seg, const uint64_t *ids, uint32_t n, int post, shml_ref_t *refs, uint32_t *num_missing)
 {
-    if (seg->self < 0)
-        return SHML_E_INVAL;
     int status = shml_lock(seg);
     if (status != SHML_OK)
         return status;
+    int32_t slot = seg->self;
+    if (slot < 0) {
+        shml_unlock(seg);
+        return SHML_E_LEFT;
+    }
     struct shml_control *c = seg->control;
-    shml_client_t *self = &shml_clients(c)[seg->self];
-    uint64_t *wants = shml_wants(c, (uint32_t)seg->self);
+    shml_client_t *self = &shml_clients(c)[slot];
+    uint64_t *wants = shml_wants(c, (uint32_t)slot);
     uint32_t missing = 0, posted = 0;
-    if (post)
+    if (post) {
         self->num_wants = 0;
+        self->least_want = UINT64_MAX;
+        self->most_want = 0;
+    }
     for (uint32_t i = 0; i < n && status == SHML_OK; i++) {
         status = look_up(seg, ids[i], &refs[i]);
         if (status != SHML_OK || refs[i].status != SHML_REF_MISSING)
             continue;
         missing++;
-        if (post && posted < SHML_MAX_WANTS)
+        if (post && posted < SHML_MAX_WANTS) {
             wants[posted++] = ids[i];
+            self->least_want = ids[i] < self->least_want ? ids[i] : self->least_want;
+            self->most_want = ids[i] > self->most_want ? ids[i] : self->most_want;
+        }
     }
     if (post && posted > 0) {
         SHML_FP("ring.get.listed");
         self->num_wants = posted;
         SHML_FP("ring.get.posted");
-        atomic_fetch_add_explicit(&c->work, 1, memory_order_release);
-        seg->env->wake(seg->env->ctx, (uint32_t *)&c->work);
     }
     *num_missing = missing;
     shml_unlock(seg);
     return status;
 }
 
+/* So many ids are looked up in one critical section: some 3 us. */
+#define HAVE_STEP 1024u
+
 int shml_have(shml_seg_t *seg, uint64_t first, uint32_t n, uint8_t *bits)
 {
     memset(bits, 0, ((size_t)n + 7) / 8);
-    int status = shml_lock(seg);
-    if (status != SHML_OK)
-        return status;
-    for (uint32_t i = 0; i < n && status == SHML_OK; i++) {
-        const shml_desc_t *desc = shml_find(seg, first + i, &status);
-        if (desc != NULL && (desc->state == SHML_DESC_READY || desc->state == SHML_DESC_ERROR))
-            bits[i / 8] |= (uint8_t)(1u << (i % 8));
+    int status = SHML_OK;
+    for (uint32_t i = 0; i < n && status == SHML_OK;) {
+        status = shml_lock(seg);
+        if (status != SHML_OK)
+            return status;
+        for (uint32_t end = n - i < HAVE_STEP ? n : i + HAVE_STEP; i < end && status == SHML_OK; i++) {
+            const shml_desc_t *desc = shml_find(seg, first + i, &status);
+            if (desc != NULL && (desc->state == SHML_DESC_READY || desc->state == SHML_DESC_ERROR))
+                bits[i / 8] |= (uint8_t)(1u << (i % 8));
+        }
+        shml_unlock(seg);
     }
-    shml_unlock(seg);
     return status;
 }
 

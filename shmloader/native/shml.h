@@ -11,13 +11,14 @@
  * and each training process has one batch ring (batch.c), where its workers build batches.
  *
  * Errors: functions return SHML_OK or a negative `shml_status`; SHML_E_SYS leaves the cause in errno.
- * Threads: every function may be called from any thread of an attached process; a handle is not changed by
- * calls, except where said.
+ * Threads: every function may be called from any thread of an attached process, but a client has one want-list: only one
+ * thread of a process may wait for samples at a time.
  */
 #ifndef SHML_H
 #define SHML_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -38,6 +39,7 @@ enum shml_status {
     SHML_E_SYS = -13,       /* a system call failed: errno */
     SHML_E_NAMESPACE = -14, /* another PID namespace */
     SHML_E_CORRUPT = -15,   /* a record is not what its header says */
+    SHML_E_LEFT = -16,      /* this process is no client (any more) */
 };
 
 /* A holder of the mutex works for microseconds; one that was not had for this long is frozen (guessed). */
@@ -83,7 +85,9 @@ typedef struct shml_seg {
     uint8_t *ring;           /* mapped; read-only in readers; NULL where no payload is touched */
     uint64_t ring_bytes;     /* of that mapping */
     int lock_fd;
-    int32_t self; /* this process's client slot, -1: not registered */
+    /* This process's client slot, -1: not registered. Changed under the mutex only, since other threads may be in a
+     * call when one unregisters: they get SHML_E_LEFT. */
+    _Atomic int32_t self;
     const shml_env_t *env;
 } shml_seg_t;
 
@@ -217,6 +221,7 @@ void shml_touch(shml_seg_t *seg);
 
 typedef struct shml_stats {
     uint64_t ring_bytes, resident_bytes, backed_bytes, used_bytes;
+    uint64_t head_bytes;  /* end of the highest record */
     uint64_t num_records; /* most there can be: the rows of the source */
     uint64_t num_ready, num_errors, num_reserved, num_commits;
     uint64_t progress;

@@ -78,22 +78,20 @@ int shml_rebuild(shml_seg_t *seg)
     SHML_FP("table.rebuild.buckets");
     c->head = c->used_bytes = 0;
     c->num_ready = c->num_errors = c->num_reserved = 0;
-    c->desc_end = c->free_list = c->hole_list = 0;
+    c->free_list = c->hole_list = 0;
     SHML_FP("table.rebuild.zeroed");
-    for (uint32_t i = c->num_descs; i-- > 0;) { /* from the top: the lists begin with the lowest index */
+    if (c->desc_end > c->num_descs)
+        return SHML_POISON(seg);
+    for (uint32_t i = c->desc_end; i-- > 0;) { /* from the top: the lists begin with the lowest index */
         shml_desc_t *desc = &descs[i];
         uint32_t state = desc->state;
         if (state == SHML_DESC_FREE) {
-            if (i < c->desc_end) {
-                desc->next = c->free_list;
-                c->free_list = i + 1;
-            }
+            desc->next = c->free_list;
+            c->free_list = i + 1;
             continue;
         }
         if (state > SHML_DESC_HOLE || !in_bounds(c, desc))
             return SHML_POISON(seg);
-        if (i >= c->desc_end)
-            c->desc_end = i + 1;
         if (desc->offset + desc->num_bytes > c->head)
             c->head = desc->offset + desc->num_bytes;
         if (state == SHML_DESC_HOLE) {
@@ -125,10 +123,6 @@ int shml_rebuild(shml_seg_t *seg)
 #endif
     c->num_rebuilds++;
     SHML_FP("table.rebuild.end");
-    /* A wake may have been lost with the dead holder: everybody looks again. */
-    shml_wants_wake(seg, 0, UINT64_MAX);
-    atomic_fetch_add_explicit(&c->work, 1, memory_order_release);
-    seg->env->wake(seg->env->ctx, (uint32_t *)&c->work);
     shml_end_change(c);
     return SHML_OK;
 }
@@ -157,6 +151,8 @@ static int check_overlap(struct shml_control *c, uint8_t *bitmap, const char **w
     }
     return SHML_OK;
 }
+
+static int is_link(const struct shml_control *c, uint32_t next) { return next != 0 && next <= c->num_descs; }
 
 static int is_client(struct shml_control *c, uint32_t slot)
 {
@@ -198,14 +194,15 @@ static int check_locked(shml_seg_t *seg, void *scratch, const char **what)
     MUST(ready == c->num_ready && errors == c->num_errors && reserved == c->num_reserved,
          "a count of records is wrong");
     for (uint32_t b = 0; b < c->num_buckets; b++)
-        for (uint32_t next = shml_buckets(c)[b]; next != 0 && linked <= c->num_descs; next = descs[next - 1].next)
+        for (uint32_t next = shml_buckets(c)[b]; is_link(c, next) && linked <= c->num_descs;
+             next = descs[next - 1].next)
             linked++;
     MUST(linked == (uint64_t)ready + errors + reserved, "a chain has more or fewer records than there are");
-    for (uint32_t next = c->hole_list; next != 0 && listed <= c->num_descs; next = descs[next - 1].next)
+    for (uint32_t next = c->hole_list; is_link(c, next) && listed <= c->num_descs; next = descs[next - 1].next)
         listed++;
     MUST(listed == holes, "the list of holes is wrong");
     listed = 0;
-    for (uint32_t next = c->free_list; next != 0 && listed <= c->num_descs; next = descs[next - 1].next)
+    for (uint32_t next = c->free_list; is_link(c, next) && listed <= c->num_descs; next = descs[next - 1].next)
         listed++;
     MUST(listed == free_below, "the list of free descriptors is wrong");
     uint32_t counts[4] = {0};

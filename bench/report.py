@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,5 +59,10 @@ def print_targets(targets: Sequence[dict[str, Any]], console: Console) -> None:
             console.print(f"not measured  {target['target']}")
             continue
         verdict = "[green]met[/green]         " if target["is_met"] else "[red]missed[/red]      "
-        have = f"{target['have']:.1%}" if target["need"] < 1 else f"{target['have']:.2f} ×"
-        console.print(f"{verdict}  {target['target']}: {have}", highlight=False)
+        form = "{:.1%}" if target["need"] < 1 else "{:.2f} ×"
+        have, low, high = (form.format(f(target["rounds"])) for f in (statistics.median, min, max))
+        text = f"{verdict}  {target['target']}: {have} (rounds: {low} to {high})"
+        if not target["is_clear"]:
+            num_met = sum(ratio >= target["need"] for ratio in target["rounds"])
+            text += f"; [yellow]NOT CLEAR[/yellow], {num_met} of {len(target['rounds'])} rounds met it"
+        console.print(text, highlight=False)

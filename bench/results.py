@@ -39,9 +39,13 @@ class Result:
         cpu_s, num_samples = (sum(run[key] for run in self.runs) for key in ("cpu_s", "num_samples"))
         return float(1000 * cpu_s / num_samples)
 
+    def ratios_to(self, other: Result) -> list[float]:
+        """One for each round: in it the two ran one after the other, under much the same noise."""
+        return [a / b for a, b in zip(self.rates, other.rates, strict=True)]
+
     def ratio_to(self, other: Result) -> float:
-        """Median over the rounds: the two ran one after the other in each, under the same noise."""
-        return statistics.median(a / b for a, b in zip(self.rates, other.rates, strict=True))
+        """Median over the rounds."""
+        return statistics.median(self.ratios_to(other))
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,11 @@ def find(results: Iterable[Result], workload: str, variant: str, num_workers: in
     return None
 
 
-def reached(target: Target, results: Sequence[Result]) -> float | None:
-    """How many times the other's rate ours is; None if it was not measured."""
+def reached(target: Target, results: Sequence[Result]) -> list[float]:
+    """How many times the other's rate ours is, in each round; nothing if it was not measured."""
     ours = find(results, target.workload, OURS, target.num_workers)
     other = find(results, target.workload, target.variant, target.num_workers)
-    return ours.ratio_to(other) if ours is not None and other is not None else None
+    return ours.ratios_to(other) if ours is not None and other is not None else []
 
 
 def as_json(result: Result, results: Sequence[Result]) -> dict[str, Any]:
@@ -104,16 +108,22 @@ def as_json(result: Result, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def targets_as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Each target, with what was reached."""
+    """Each target, with what was reached.
+
+    is_clear: all rounds say the same. Where they do not, the machine was too noisy for the median to decide.
+    """
     found = []
     for target in TARGETS:
-        have = reached(target, results)
+        rounds = reached(target, results)
+        have = statistics.median(rounds) if rounds else None
         found.append(
             {
                 "target": target.text,
                 "need": target.need,
                 "have": have,
+                "rounds": rounds,
                 "is_met": have is not None and have >= target.need,
+                "is_clear": bool(rounds) and len({ratio >= target.need for ratio in rounds}) == 1,
             }
         )
     return found

@@ -28,7 +28,7 @@ from shmloader.reader import Reader
 from shmloader.ring import RingFiles, memory_limits
 from shmloader.sources.base import SourceRequest
 from shmloader.stats import Stats
-from shmloader.tokens import batch_ring, join, known_files, open_batch_ring
+from shmloader.tokens import batch_ring, join, known_files, open_batch_ring, trim_batch_ring
 from shmloader.views import Sample
 
 log = logging.getLogger("shmloader")
@@ -330,6 +330,7 @@ def _close(reader: Reader, pid: int) -> None:
     if os.getpid() == pid:
         _default_rings.pop(reader.files.ring.uuid, None)
         reader.close()
+        trim_batch_ring()
 
 
 @contextmanager

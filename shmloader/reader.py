@@ -66,9 +66,9 @@ class Reader:
                 ring = Ring(self.files.ring, native.OWNER if is_owner else native.WORKER, self.owner)
                 if is_owner:
                     self.owner = (ring.slot, ring.gen)
+                self._ring, self._attachment = ring, None
                 # Now and not at import: a handler that torch or faulthandler installs later would hide ours.
                 native.fault_report(_ADVICE)
-                self._ring, self._attachment = ring, None
             return ring
 
     def get(self, rows: Sequence[int]) -> tuple[Attachment, Refs]:
@@ -97,6 +97,8 @@ class Reader:
         return ClosedError(f"The dataset {self.plan.source.name!r} was closed", dataset=self.plan.source.name)
 
     def _tick(self) -> None:
+        if self.is_closed:  # by another thread: its descriptors may be another file's by now
+            raise self._closed()
         ensure_supervisor(self.files)
 
     def _schema(self, ring: Ring) -> Schema:

@@ -473,3 +473,14 @@ def test_slots_of_a_killed_worker_are_free_again(dataset: Any) -> None:
         assert_right(batch, number)
     after = dataset.stats()
     assert after.batches_inline == before.batches_inline
+
+
+def test_closing_a_dataset_gives_the_memory_of_idle_slots_back(rows_path: str, make_dataset: Any) -> None:
+    other = make_dataset(rows_path, process=make_row)
+    batch = next(iter(DataLoader(other, batch_size=BATCH, num_workers=1)))
+    kept = batch["x"].clone()
+    gc.collect()
+    assert slots()["num_slots"] >= 1
+    other.close()
+    assert wait_until(lambda: slots()["num_free"] == 0)
+    assert torch.equal(batch["x"], kept)

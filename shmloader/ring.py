@@ -34,6 +34,8 @@ from shmloader.errors import (
 )
 
 PAGE = 4096
+#: Records begin and end at multiples of it: SHML_ALIGN in native/layout.h.
+ALIGNMENT = 64
 #: Bytes of the lock inode beyond the clients': who holds them is the supervisor, is starting one, or made the set.
 SUPERVISOR_BYTE = 1 << 20
 STARTER_BYTE = SUPERVISOR_BYTE + 1
@@ -301,11 +303,11 @@ class Ring:
             self._extend(num_bytes)
 
     def _extend(self, num_bytes: int) -> None:
-        backed = self.segment.stats()["backed_bytes"]
-        if backed > self._backed_bytes:
-            self._backed_bytes = backed  # another process has extended it: look there first
+        stats = self.segment.stats()
+        if stats["backed_bytes"] > self._backed_bytes:
+            self._backed_bytes = stats["backed_bytes"]  # another process has extended it: look there first
             return
-        end = min(backed + num_bytes, self.files.ring_bytes)
+        end = min(stats["head_bytes"] + _round_up(num_bytes, ALIGNMENT), self.files.ring_bytes)
         status, available, limited_by = self.segment.back(self.files.ring_fd, end)
         if status == native.MEMORY:
             raise self._no_memory(num_bytes, available, limited_by)

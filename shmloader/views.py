@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 Part = tuple[int, torch.dtype, tuple[int, ...]]
 
 _TORCH_DTYPES: dict[str, torch.dtype] = {}
+_NUMPY_DTYPES = {getattr(torch, name): np.dtype(name) for name in ("uint8", "int64", "float32", "bool")}
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
@@ -43,10 +44,12 @@ def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
 
 def tensor_over(exporter: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor over the bytes of ``exporter`` (buffer protocol), which lives as long as the tensor's storage."""
-    count = math.prod(shape)
-    if count == 0:
+    if 0 in shape:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(exporter, dtype=dtype, count=count).view(shape)
+    plain = _NUMPY_DTYPES.get(dtype)
+    if plain is not None:  # 1 us, where frombuffer and view take 2.5 (measured)
+        return torch.from_numpy(np.ndarray(shape, plain, exporter))
+    return torch.frombuffer(exporter, dtype=dtype, count=math.prod(shape)).view(shape)
 
 
 #: Lies in a dict that is not filled yet: json's C encoder asks how many items there are before it asks for them.

@@ -14,6 +14,7 @@
 #include <stdbool.h>
 #include <string.h>
 
+#include "copy.h"
 #include "layout.h"
 
 /* Ops that go through the records together. Their plans lie on the stack: 16 of them are 2 KiB. */
@@ -307,7 +308,7 @@ static int copy_field(const plan_t *plan, const record_t *record, const shml_fie
         return SHML_E_CORRUPT;
     /* Not by non-temporal stores: tried with a reader of the batch, as pinning is, and they gained nothing. */
     if (field->num_bytes > 0)
-        memcpy(out, record->at + field->offset, field->num_bytes);
+        shml_copy(out, record->at + field->offset, field->num_bytes);
     pad_tail(plan, out + field->num_bytes, plan->place_bytes - field->num_bytes);
     return SHML_OK;
 }
@@ -401,6 +402,7 @@ int shml_gather(const uint8_t *ring, uint64_t ring_bytes, const shml_ref_t *refs
                 return rc;
         }
         int rc = gather_some(ring, ring_bytes, refs, n, rows, plans, some);
+        shml_copy_done();
         if (rc != SHML_OK)
             return rc;
     }

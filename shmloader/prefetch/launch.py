@@ -66,7 +66,7 @@ def start_set(files: SetFiles) -> SetPlan:
     # Until this process is a client, this says that it lives. Given up by closing the files, or by dying.
     fcntl.lockf(files.ring.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, CREATOR_BYTE)
     with _supervisor(files, "status") as reader:
-        answer = _read_all(reader)
+        answer = _read_line(reader)
     if not answer:
         raise ServiceError(
             "The supervisor process died while it was starting; what it wrote to stderr may say why. "
@@ -98,7 +98,7 @@ def ensure_supervisor(files: SetFiles) -> bool:
                 return False
             for _ in range(START_ATTEMPTS):
                 with _supervisor(files, "up") as reader:
-                    if select.select([reader], [], [], START_TIMEOUT_S)[0] and os.read(reader, 1):
+                    if _is_readable(reader, START_TIMEOUT_S) and os.read(reader, 1):
                         return True
                 if native.byte_holder(lock_fd, SUPERVISOR_BYTE):
                     return False
@@ -126,9 +126,16 @@ def _supervisor(files: SetFiles, answer: str) -> Iterator[int]:
         os.close(reader)
 
 
-def _read_all(fd: int) -> bytes:
+def _is_readable(fd: int, timeout_s: float) -> bool:
+    poll = select.poll()  # not select(): it takes no descriptor above 1023
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
+
+
+def _read_line(fd: int) -> bytes:
+    """What comes until the end of a line, or of the pipe: a process forked meanwhile may hold that open."""
     data = b""
-    while chunk := os.read(fd, 1 << 16):
+    while not data.endswith(b"\n") and (chunk := os.read(fd, 1 << 16)):
         data += chunk
     return data
 

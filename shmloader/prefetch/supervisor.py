@@ -38,6 +38,9 @@ class Prefetcher:
         reader, self._go = os.pipe()
         try:
             self.process = spawn("prefetcher", {**fds, "go": reader})
+        except OSError:
+            os.close(self._go)
+            raise
         finally:
             os.close(reader)
         self.pidfd = os.pidfd_open(self.process.pid)
@@ -46,13 +49,19 @@ class Prefetcher:
         """The ring can be attached; ``supervisor`` is (slot, generation) of this process's client."""
         with contextlib.suppress(BrokenPipeError):  # it died: the main loop sees that
             os.write(self._go, json.dumps({"supervisor": supervisor}).encode())
-        os.close(self._go)
+        self._close_go()
+
+    def _close_go(self) -> None:
+        if self._go >= 0:
+            os.close(self._go)
+            self._go = -1
 
     def close(self) -> None:
         """Reap the process, which has ended or is killed, and kill what it started in its session."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._close_go()
         os.close(self.pidfd)
 
 
@@ -67,7 +76,7 @@ class Supervisor:
         self.num_prefetchers: int = head["num_prefetchers"]
         self.prefetchers: list[Prefetcher] = []
         self.idle_deaths = 0
-        self.progress_at_death = -1
+        self.done_at_death = -1
 
     def run(self) -> None:
         """Plan if nobody has, then supervise until no owner is left."""
@@ -135,7 +144,7 @@ class Supervisor:
     def _answer(self, answer: dict[str, Any]) -> None:
         assert self.status_fd is not None
         with contextlib.suppress(BrokenPipeError):  # the training process is gone, or was interrupted
-            os.write(self.status_fd, json.dumps(answer).encode())
+            os.write(self.status_fd, json.dumps(answer).encode() + b"\n")
         os.close(self.status_fd)
         self.status_fd = None
 
@@ -143,6 +152,12 @@ class Supervisor:
 
     def _supervise(self, ring: Ring) -> None:
         segment = ring.segment
+        parts = read_parts(self.fds["plan"])
+        if parts is not None and parts[0].is_sequential:
+            # A stream is read by one: each of several would have to read all that the others did.
+            self.num_prefetchers = 1
+            while len(self.prefetchers) > 1:
+                self.prefetchers.pop().close()
         for prefetcher in self.prefetchers:
             prefetcher.go((ring.slot, ring.gen))
         if self.status_fd is not None:
@@ -172,9 +187,10 @@ class Supervisor:
             if not self._has_work(ring):
                 continue  # it found nothing left to do
             log.warning("prefetcher %d ended with status %d and work to do", prefetcher.process.pid, code)
-            progress = ring.segment.progress()
-            self.idle_deaths = 0 if progress != self.progress_at_death else self.idle_deaths + 1
-            self.progress_at_death = progress
+            stats = ring.segment.stats()
+            done = stats["num_commits"] + stats["chunks_done"]
+            self.idle_deaths = 0 if done != self.done_at_death else self.idle_deaths + 1
+            self.done_at_death = done
             if self.idle_deaths >= MAX_IDLE_DEATHS:
                 ring.put_fatal(
                     ServiceError(
@@ -187,7 +203,11 @@ class Supervisor:
 
     def _start_missing(self, ring: Ring) -> None:
         while len(self.prefetchers) < self.num_prefetchers and self._has_work(ring):
-            prefetcher = Prefetcher(self.fds)
+            try:
+                prefetcher = Prefetcher(self.fds)
+            except OSError as error:  # no memory or no more processes: those that run go on, and the next tick tries
+                log.warning("cannot start a prefetcher: %s", error)
+                return
             self.prefetchers.append(prefetcher)
             prefetcher.go((ring.slot, ring.gen))
 

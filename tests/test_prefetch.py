@@ -34,7 +34,7 @@ from support_sets import (
 from torch.utils.data import DataLoader
 
 from shmloader import MultimodalConfig, Options, ShmMultimodalDataset
-from shmloader.errors import ServiceError
+from shmloader.errors import ClosedError, ServiceError
 from shmloader.prefetch.plan_file import read_parts
 from shmloader.prefetch.spawn import spawn
 
@@ -150,6 +150,7 @@ def test_a_sequential_stream_is_read_in_order_by_one_at_a_time(tmp_path: Path) -
     rows = Dataset.from_dict({"number": list(range(300))}).to_iterable_dataset()
     with make(rows, process=with_pid, prefetchers=3) as dataset:
         assert dataset.sources[0]["mode"] == "sequential"
+        assert len({int(dataset[i]["pid"]) for i in (0, 100, 299)}) == 1  # each of several would read all of it
         assert sorted(int(i) for batch in DataLoader(dataset, 32, shuffle=True) for i in batch["number"]) == list(
             range(300)
         )
@@ -162,12 +163,33 @@ def test_a_sequential_stream_goes_on_after_its_reader_was_killed(tmp_path: Path)
     with make(rows, process=gated(gate, 150), prefetchers=2) as dataset:
         dataset[140]
         segment = dataset._reader.attach().segment
-        victims = wait_until(lambda: len(prefetchers_of(dataset)) == 2 and prefetchers_of(dataset))
+        victims = wait_until(lambda: prefetchers_of(dataset))
         kill(*victims)
         gate.touch()
         assert [int(s["number"]) for s in dataset.__getitems__(range(300))] == list(range(300))
         assert dataset.stats().commits == 300
         assert segment.check() is None
+
+
+def test_a_reader_that_waits_is_told_when_its_dataset_is_closed(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    dataset = make(Dataset.from_dict({"number": list(range(100))}), process=gated(gate, 0), prefetchers=1)
+    found: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            dataset[50]
+        except ClosedError as error:
+            found.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    segment = dataset._reader.attach().segment
+    wait_until(lambda: 50 in segment.wanted(0, 100))
+    dataset.close()
+    reader.join()
+    assert found
+    gate.touch()
 
 
 # ---- when they end -----------------------------------------------------------------------------------

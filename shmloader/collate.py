@@ -63,7 +63,9 @@ def collate(samples: Sequence[dict[str, Any]], *, collate_fn_map: Any = None) ->
             batch[name] = [schema.task_type if name == "task_type" else schema.sources[0]] * len(samples)
         else:
             batch.update(_collate_values(name, samples, names, schema, collate_fn_map))
-    return _build(gathering, batch, len(samples))
+    masks = {} if schema is None else {field.name: field.mask for field in schema.fields if field.mask is not None}
+    order = dict.fromkeys(key for name in names for key in (name, masks.get(name, name)))
+    return _build(gathering, batch, len(samples), list(order))
 
 
 def _records(samples: Sequence[dict[str, Any]]) -> list[Sample]:
@@ -225,8 +227,11 @@ def _padded(field: Field, values: Sequence[torch.Tensor], names: tuple[str, ...]
 # -- where the batch lies ----------------------------------------------------------------------------------
 
 
-def _build(gathering: _Gathering, values: dict[str, Any], num_samples: int) -> dict[str, Any]:
-    """The batch of what is to be gathered and of ``values``: in a slot, in a worker that has a free one."""
+def _build(gathering: _Gathering, values: dict[str, Any], num_samples: int, order: list[str]) -> dict[str, Any]:
+    """The batch of what is to be gathered and of ``values``: in a slot, in a worker that has a free one.
+
+    order: the fields' names; the same wherever the batch lies.
+    """
     in_worker = get_worker_info() is not None
     specs = {name: (dtype, (num_samples, *shape)) for name, _, _, _, dtype, shape in gathering.outputs}
     num_gathered = len(specs)
@@ -239,7 +244,9 @@ def _build(gathering: _Gathering, values: dict[str, Any], num_samples: int) -> d
     if lease is None:
         made = {name: torch.empty(specs[name][1], dtype=specs[name][0]) for name in list(specs)[:num_gathered]}
         gathering.run([tensor.view(-1).view(torch.uint8).numpy() for tensor in made.values()])
-        return InlineBatch(made | values) if in_worker else made | values
+        found = made | values
+        batch = {name: found[name] for name in order if name in found}
+        return InlineBatch(batch) if in_worker else batch
     outs = [lease.part(offset, size) for offset, size in zip(offsets, sizes, strict=True)]
     gathering.run(outs[:num_gathered])
     parts: dict[str, Part] = {}
@@ -247,7 +254,7 @@ def _build(gathering: _Gathering, values: dict[str, Any], num_samples: int) -> d
         parts[name] = (offset, dtype, shape)
         if name in values:
             tensor_over(out, dtype, shape).copy_(values.pop(name))
-    return WorkerBatch(lease, parts, values)
+    return WorkerBatch(lease, parts, values, [name for name in order if name in parts or name in values])
 
 
 def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:

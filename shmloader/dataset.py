@@ -59,6 +59,7 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
         load: passed on to ``datasets`` (name, revision, token, data_files, …).
         options: settings; None: those of the environment (``SHMLOADER_*``).
         writable: ``dataset[i]`` gives private copies in place of read-only views.
+        seed: of the random numbers of ``transform``; another one gives other augmentations.
 
     A sample is a dict: ``text`` int64 [L], ``image`` [3, V, V] (dtype by the config), ``labels`` int64 (a class,
     or [L] tokens), ``task_type``, ``source``; what the dataset lacks is absent. A batch has tensors [B, …], with
@@ -84,6 +85,7 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
         load: dict[str, Any] | None = None,
         options: Options | None = None,
         writable: bool = False,
+        seed: int = 0,
     ) -> None:
         if dataset_name is None:
             raise OptionError(
@@ -107,10 +109,11 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
         work = Work(request, MultimodalConfig() if config is None else config, tokenizer, process)
         self.transform = transform
         self.writable = writable
-        self.seed = 0
+        self.seed = operator.index(seed)
         self._reader = _start(work, options)
         self._closer = weakref.finalize(self, _close, self._reader, os.getpid())
         self._closer.atexit = False  # the process's end is noticed without us
+        _show_log(options.log)
         for notice in self._reader.plan.source.notices:
             log.info("%s", notice)
 
@@ -243,7 +246,7 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
     def close(self) -> None:
         """End this process's use: the prefetch processes end with the last owner. Samples and batches stay valid.
 
-        Raises nothing when called again; every other use then raises `ClosedError`.
+        Raises nothing when called again; reading then raises `ClosedError`.
         """
         self._closer()
 
@@ -311,7 +314,8 @@ def _start(work: Work, options: Options) -> Reader:
         raise
     if options.ring_bytes is None:
         record_bytes = plan.schema.record_bytes() if plan.schema is not None else None
-        _default_rings[ring_files.uuid] = size if record_bytes is None else record_bytes * plan.source.num_rows
+        # Where the samples' sizes are not known yet, leave as much to the datasets that come after.
+        _default_rings[ring_files.uuid] = size // 2 if record_bytes is None else record_bytes * plan.source.num_rows
     return reader
 
 
@@ -324,6 +328,15 @@ def _ring_size(options: Options) -> int:
         whole = ByteSize(share=DEFAULT_RING_SHARE).resolve(limit)
         size = max(whole - sum(_default_rings.values()), whole // 8)
     return max(4096, size // 4096 * 4096)
+
+
+def _show_log(level: str) -> None:
+    """Have this process show what the services show (``SHMLOADER_LOG``), unless the program set up its logging."""
+    if logging.getLevelName(level) < logging.WARNING:
+        logger = logging.getLogger("shmloader")
+        logger.setLevel(level)
+        if not logger.hasHandlers():
+            logger.addHandler(logging.StreamHandler())
 
 
 def _close(reader: Reader, pid: int) -> None:
@@ -342,7 +355,7 @@ def _seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
         try:
             random.seed(int(words[0]))
             np.random.seed(int(words[0]))
-            torch.manual_seed(int(words[1]))
+            torch.default_generator.manual_seed(int(words[1]))  # torch.manual_seed would seed all devices
             yield
         finally:
             random.setstate(before[0])
@@ -350,6 +363,6 @@ def _seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
             torch.set_rng_state(before[2])
 
 
-_generators = threading.Lock()
+_generators = threading.RLock()  # RLock: a transform may read another dataset that has one
 # Another thread of the parent may have held it when this process was forked.
-os.register_at_fork(after_in_child=lambda: globals().update(_generators=threading.Lock()))
+os.register_at_fork(after_in_child=lambda: globals().update(_generators=threading.RLock()))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from shmloader.errors import OptionError
@@ -67,9 +67,13 @@ def parse_size(text: str | int, name: str = "size") -> ByteSize:
     raise _bad(name, text, allowed)
 
 
+_ENV_PREFETCHERS = ("SHMLOADER_PREFETCHERS", int, _PREFETCHERS)
+_ENV_TIMEOUT = ("SHMLOADER_TIMEOUT_S", float, _TIMEOUT_S)
+
+
 @dataclass(frozen=True)
 class Options:
-    """The settings of one dataset; build it with keyword arguments, or `from_env` for the environment's.
+    """The settings of one dataset; what is not given is as the environment says.
 
     ring_bytes: size of the ring; None: a quarter of the smallest memory limit, for all datasets of the
         process together. ``SHMLOADER_RING_BYTES``
@@ -79,10 +83,10 @@ class Options:
     log: the least level that the services write to stderr. ``SHMLOADER_LOG``
     """
 
-    ring_bytes: int | str | None = None
-    prefetchers: int | None = None
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    log: str = "WARNING"
+    ring_bytes: int | str | None = field(default_factory=lambda: _env_ring(os.environ))
+    prefetchers: int | None = field(default_factory=lambda: _number(os.environ, *_ENV_PREFETCHERS))
+    timeout_s: float = field(default_factory=lambda: _number(os.environ, *_ENV_TIMEOUT) or DEFAULT_TIMEOUT_S)
+    log: str = field(default_factory=lambda: _env_log(os.environ))
 
     def __post_init__(self) -> None:
         if self.ring_bytes is not None:
@@ -101,19 +105,11 @@ class Options:
                 allowed.
         """
         env = os.environ if environ is None else environ
-        ring = env.get("SHMLOADER_RING_BYTES") or None
-        if ring is not None:
-            parse_size(ring, "SHMLOADER_RING_BYTES")
-        prefetchers = _number(env, "SHMLOADER_PREFETCHERS", int, _PREFETCHERS)
-        timeout = _number(env, "SHMLOADER_TIMEOUT_S", float, _TIMEOUT_S)
-        log = (env.get("SHMLOADER_LOG") or "WARNING").upper()
-        if log not in _LOG_LEVELS:
-            raise _bad("SHMLOADER_LOG", env["SHMLOADER_LOG"], f"one of {', '.join(_LOG_LEVELS)}")
         return cls(
-            ring_bytes=ring,
-            prefetchers=prefetchers,
-            timeout_s=DEFAULT_TIMEOUT_S if timeout is None else timeout,
-            log=log,
+            ring_bytes=_env_ring(env),
+            prefetchers=_number(env, *_ENV_PREFETCHERS),
+            timeout_s=_number(env, *_ENV_TIMEOUT) or DEFAULT_TIMEOUT_S,
+            log=_env_log(env),
         )
 
     def num_prefetchers(self) -> int:
@@ -121,6 +117,20 @@ class Options:
         if self.prefetchers is not None:
             return self.prefetchers
         return max(1, min(len(os.sched_getaffinity(0)), MAX_DEFAULT_PREFETCHERS))
+
+
+def _env_ring(env: Mapping[str, str]) -> str | None:
+    text = env.get("SHMLOADER_RING_BYTES") or None
+    if text is not None:
+        parse_size(text, "SHMLOADER_RING_BYTES")
+    return text
+
+
+def _env_log(env: Mapping[str, str]) -> str:
+    log = (env.get("SHMLOADER_LOG") or "WARNING").upper()
+    if log not in _LOG_LEVELS:
+        raise _bad("SHMLOADER_LOG", env["SHMLOADER_LOG"], f"one of {', '.join(_LOG_LEVELS)}")
+    return log
 
 
 def _number(env: Mapping[str, str], name: str, kind: type[Number], bounds: tuple[float, float, str]) -> Number | None:

@@ -234,7 +234,9 @@ class Ring:
                 raise self._timed_out(result, now - since, describe)
             self.segment.reap(False)
             if self.role == native.WORKER and not self.segment.count(native.OWNER):
-                raise ServiceError("The training process that this worker reads for is gone", role="owner")
+                raise ServiceError(
+                    "The training process that this worker reads for is gone, or has closed the dataset", role="owner"
+                )
             if on_tick is not None:
                 on_tick()
             self.segment.wait(seen, native.TICK_MS)

@@ -16,6 +16,7 @@ import os
 import threading
 from dataclasses import dataclass
 from multiprocessing import reduction
+from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -168,7 +169,16 @@ def trim_batch_ring() -> None:
 def known_files() -> tuple[Any, str, int] | None:
     """The batch ring as it travels to a process that is spawned; for `join`."""
     _have_own()
-    return None if _known is None else (reduction.DupFd(_known.fd), _known.uuid, _known.owner_pid)
+    if _known is None:
+        return None
+    # One descriptor a spawned process, however many datasets go there: the list that it inherits has no duplicates.
+    process: Any = get_spawning_popen()
+    duplicate = getattr(process, "_shmloader_batch_ring", None)
+    if duplicate is None:
+        duplicate = reduction.DupFd(_known.fd)
+        if process is not None:
+            process._shmloader_batch_ring = duplicate
+    return duplicate, _known.uuid, _known.owner_pid
 
 
 def join(files: tuple[Any, str, int] | None) -> None:
@@ -250,8 +260,10 @@ class _Token:
 
 def _reduce_batch(batch: WorkerBatch) -> tuple[Any, ...]:
     parts = batch.in_slot()
-    if not parts or batch.lease.is_sent:
+    if not parts:
         return _reduce_inline(dict(batch))
+    if batch.lease.is_sent:
+        raise _stale(batch.lease.slot)  # what lies in the slot now may be another batch
     inline, rest = _pack(batch.extra())
     return _receive, (batch.names(), parts, inline, rest, _Token(batch.lease))
 

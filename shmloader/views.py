@@ -231,28 +231,29 @@ class WorkerBatch(LazyDict):
     """A batch in a DataLoader worker: tensors over a slot of the batch ring, made when somebody looks.
 
     They may be written to. parts: name → (offset in the slot, dtype, shape). plain: the other fields.
-    lease: the slot, given back when it was never sent.
+    order: the names of both. lease: the slot, given back when it was never sent.
     """
 
-    __slots__ = ("_made", "lease", "parts", "plain")
+    __slots__ = ("_made", "lease", "order", "parts", "plain")
 
-    def __init__(self, lease: Lease, parts: dict[str, Part], plain: dict[str, Any]):
+    def __init__(self, lease: Lease, parts: dict[str, Part], plain: dict[str, Any], order: list[str]):
         self._is_filled = False
         dict.__setitem__(self, *_PLACEHOLDER)
         self.lease = lease
         self.parts = parts
         self.plain = plain
+        self.order = order
         self._made: dict[str, torch.Tensor] = {}
 
     def _items(self) -> dict[str, Any]:
         for name, (offset, dtype, shape) in self.parts.items():
             exporter = self.lease.part(offset, math.prod(shape) * dtype.itemsize)
             self._made[name] = tensor_over(exporter, dtype, shape)
-        return {**self._made, **self.plain}
+        return {name: self._made[name] if name in self._made else self.plain[name] for name in self.order}
 
     def names(self) -> list[str]:
         """The names of its fields, in order."""
-        return list(self) if self._is_filled else [*self.parts, *self.plain]
+        return list(self) if self._is_filled else self.order
 
     def in_slot(self) -> dict[str, Part]:
         """The fields that still are what lies in the slot."""

@@ -546,3 +546,15 @@ def test_changed_samples_need_no_files_in_dev_shm(images: Any) -> None:
     """torch's own collate makes one for each tensor, in a worker: a container has 64 MB of them."""
     batches = list(DataLoader(Wrapper(images, flip_in_place), batch_size=20, num_workers=1, collate_fn=_without_files))
     assert len(batches) == 3
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_fields_come_in_the_same_order_wherever_a_batch_is_made(
+    texts_path: str, make_dataset: Any, num_workers: int
+) -> None:
+    dataset = make_dataset(texts_path, transform=lambda sample: {**sample, "extra": torch.zeros(2)})
+    batch = next(iter(DataLoader(dataset, batch_size=4, num_workers=num_workers)))
+    assert list(batch) == ["text", "attention_mask", "labels", "task_type", "source", "extra"]
+    plain = make_dataset(texts_path)
+    batch = next(iter(DataLoader(plain, batch_size=4, num_workers=num_workers)))
+    assert list(batch) == ["text", "attention_mask", "labels", "task_type", "source"]

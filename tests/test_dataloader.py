@@ -433,3 +433,31 @@ def test_lambdas_travel_to_spawned_workers(rows_path: str, make_dataset: Any, me
     )
     loader = DataLoader(dataset, batch_size=16, num_workers=2, multiprocessing_context=method)
     assert torch.cat([batch["y"] for batch in loader]).tolist() == [2 * x + 1 for x in EVERY_ROW]
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_two_datasets_go_to_one_spawned_worker(rows_path: str, make_dataset: Any, method: str) -> None:
+    pair = ConcatDataset([make_dataset(rows_path, process=make_row) for _ in range(2)])
+    loader = DataLoader(pair, batch_size=50, num_workers=1, multiprocessing_context=method)
+    seen = [int(x) for batch in loader for x in batch["x"]]
+    assert seen == [*range(NUM_ROWS), *range(NUM_ROWS)]
+
+
+def test_a_transform_may_read_another_dataset_that_has_one(rows_path: str, make_dataset: Any) -> None:
+    other = make_dataset(rows_path, process=make_row, transform=lambda sample: sample)
+    dataset = make_dataset(
+        rows_path,
+        process=make_row,
+        transform=lambda sample: {"x": sample["x"], "pair": other[int(sample["x"]) + 1]["x"]},
+    )
+    assert int(dataset[3]["pair"]) == 4
+
+
+def test_another_seed_gives_other_random_numbers(rows_path: str, make_dataset: Any) -> None:
+    def draw(sample: dict[str, Any]) -> dict[str, Any]:
+        return {"drawn": torch.rand(())}
+
+    values = {
+        float(make_dataset(rows_path, process=make_row, transform=draw, seed=seed)[0]["drawn"]) for seed in (0, 0, 1)
+    }
+    assert len(values) == 2

@@ -192,7 +192,7 @@ def test_an_interrupted_constructor_leaves_nothing(
         wait_until(lambda: services(leaks.kin()))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("shmloader.prefetch.launch._read_all", interrupted)
+    monkeypatch.setattr("shmloader.prefetch.launch._read_line", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ShmMultimodalDataset(dataset_name=write_numbers(tmp_path / "d", 8), process=number, options=OPTIONS)
     leaks.check()

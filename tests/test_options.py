@@ -184,3 +184,11 @@ def test_services_log_to_stderr_from_the_level_of_the_environment(tmp_path: Path
     status, out, err = run_script(tmp_path, SCRIPT, name, env=env)
     assert (status, out) == (0, "")
     assert ("DEBUG shmloader." in err) == is_shown
+
+
+def test_an_option_that_is_not_given_is_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMLOADER_RING_BYTES", "8MiB")
+    monkeypatch.setenv("SHMLOADER_TIMEOUT_S", "7")
+    options = Options(prefetchers=3)
+    assert (options.ring_bytes, options.timeout_s, options.prefetchers) == ("8MiB", 7.0, 3)
+    assert Options(ring_bytes=None).ring_bytes is None

@@ -51,7 +51,7 @@ except Exception as error:
 open(path, "w").write(text)
 """
 READ = """
-import json, sys
+import json, os, sys
 import pyarrow as pa
 from shmloader.sources import open_reader
 from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
@@ -68,6 +68,7 @@ with pa.OSFile(out, "wb") as sink, pa.ipc.new_stream(sink, plan.schema) as write
 reader.close()
 heavy = {"datasets", "torch"} & set(sys.modules)
 assert not heavy, heavy
+os._exit(0)  # as a prefetcher ends: pyarrow's threads can abort an interpreter's exit
 """
 
 

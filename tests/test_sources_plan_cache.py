@@ -73,6 +73,13 @@ def test_another_request_is_planned_anew(folder, change):
     assert plan_cache.load(request(folder, **change)) is None
 
 
+def test_files_named_elsewhere_are_not_kept(folder, tmp_path):
+    other = tmp_path / "other.parquet"
+    for num_rows in (5, 9):
+        pq.write_table(pa.table({"text": ["x"] * num_rows}), other)
+        assert make_plan(request(folder, load={"data_files": str(other)})).num_rows == num_rows
+
+
 def test_a_damaged_plan_is_made_again(folder, tmp_path):
     plan = make_plan(request(folder))
     (kept,) = (tmp_path / "cache" / "shmloader" / "plans").iterdir()

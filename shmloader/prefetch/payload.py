@@ -82,11 +82,13 @@ def read_work(fd: int) -> Work:
     Raises:
         OptionError: one of them cannot be made here; names it.
     """
+    import mmap
     import pickle
 
-    size = os.fstat(fd).st_size
     head = 8 + int.from_bytes(os.pread(fd, 8, 0), "little")
-    parts = pickle.loads(os.pread(fd, size - head, head))
+    # Mapped, since one read gives 2 GiB at most; private, since a sealed file can be mapped so in any kernel.
+    with mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as payload, memoryview(payload) as view:
+        parts = pickle.loads(view[head:])
     loaded = {}
     for name, data in parts.items():
         try:

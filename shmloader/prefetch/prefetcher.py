@@ -52,7 +52,8 @@ class Prefetcher:
             seen = segment.work_word()
             index = segment.claim()
             if index >= 0:
-                self._do(index)
+                if not self._do(index):
+                    return
                 continue
             stats = segment.stats()
             if stats["chunks_todo"] == 0 and stats["chunks_claimed"] == 0:
@@ -61,7 +62,8 @@ class Prefetcher:
             segment.work_wait(seen, IDLE_MS)
             segment.reap(False)
 
-    def _do(self, index: int) -> None:
+    def _do(self, index: int) -> bool:
+        """Fill one chunk; False: there is no room, for this chunk or any other."""
         chunk = self.plan.source.chunks[index]
         try:
             try:
@@ -75,11 +77,10 @@ class Prefetcher:
             else:
                 self.ring.segment.finish(index, False)
         except RingError as error:
-            # No room: nothing more can be stored, for this chunk or any other.
             log.error("%s", error)
             self.ring.put_fatal(error)
-            self.ring.leave()
-            raise SystemExit(0) from error
+            return False
+        return True
 
     def _of_chunk(self, error: Exception, chunk: Chunk) -> Exception:
         if isinstance(error, ShmloaderError):
@@ -195,11 +196,16 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
         plan = read_plan(fds["plan"])
         assert plan is not None
         built = processors.build(plan.source.columns, work.config, work.tokenizer, work.process)
-        reader = open_reader(work.request, plan.source)
+        reader = open_reader(work.request, plan.source, ring.segment.touch)
     except Exception as error:
         log.debug("cannot start", exc_info=True)
         ring.put_fatal(error)
-        ring.leave()
-        sys.exit(0)
-    Prefetcher(ring, plan, built, reader).run()
+    else:
+        Prefetcher(ring, plan, built, reader).run()
+        reader.close()
     ring.leave()
+    # Without the interpreter's teardown: pyarrow's threads that still wind down can make it abort (seen with files of
+    # a Hub: "terminate called without an active exception").
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(0)

@@ -20,6 +20,8 @@ before ``make_plan`` or ``open_reader`` is called.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from shmloader.sources.base import Reader, SourcePlan, SourceRequest
 
 __all__ = ["make_plan", "open_reader"]
@@ -46,8 +48,11 @@ def make_plan(request: SourceRequest) -> SourcePlan:
     return plan
 
 
-def open_reader(request: SourceRequest, plan: SourcePlan) -> Reader:
-    """A reader of the plan's chunks. Prefetcher only; imports ``datasets`` only for what is not Parquet."""
+def open_reader(request: SourceRequest, plan: SourcePlan, touch: Callable[[], None] = lambda: None) -> Reader:
+    """A reader of the plan's chunks. Prefetcher only; imports ``datasets`` only for what is not Parquet.
+
+    touch: called while rows are passed over that nobody asked for, which can take long in a stream.
+    """
     if plan.mode in ("local", "streaming"):
         from shmloader.sources.parquet import ParquetReader
 
@@ -58,4 +63,4 @@ def open_reader(request: SourceRequest, plan: SourcePlan) -> Reader:
         return LoadedReader(request, plan)
     from shmloader.sources.stream import StreamReader
 
-    return StreamReader(request, plan)
+    return StreamReader(request, plan, touch)

@@ -56,7 +56,7 @@ def choose_columns(
 
 
 def _recognised(features: Mapping[str, Any], dataset: str) -> Columns:
-    labels = _one_of(features, "labels", _label_candidates(features), dataset)
+    labels = _one_of(features, "labels", _label_candidates(features, dataset), dataset)
     image = _one_of(features, "image", [name for name in features if _kind(features[name]) == "Image"], dataset)
     text = _one_of(features, "text", _text_candidates(features), dataset)
     if text is None and image is None:
@@ -97,12 +97,18 @@ def _columns(features: Mapping[str, Any], text: str | None, image: str | None, l
     return Columns(text=text, image=image, labels=labels, class_names=names)
 
 
-def _label_candidates(features: Mapping[str, Any]) -> list[str]:
+def _label_candidates(features: Mapping[str, Any], dataset: str) -> list[str]:
     classes = [name for name in features if _kind(features[name]) == "ClassLabel"]
     usual = [name for name in LABEL_NAMES if name in features]
     if classes:
         return [name for name in classes if name in usual] or classes
-    return [name for name in usual if _is_integer(features[name])]
+    integers = [name for name in usual if _is_integer(features[name])]
+    if usual and not integers:
+        what = (
+            f"column {usual[0]!r} ({describe(features[usual[0]])}) looks like labels, but is neither class nor integer"
+        )
+        raise _column_error(features, dataset, what)
+    return integers
 
 
 def _text_candidates(features: Mapping[str, Any]) -> list[str]:

@@ -61,8 +61,8 @@ def store(request: SourceRequest, plan: SourcePlan) -> None:
 
 def _path_of(request: SourceRequest) -> Path | None:
     """Where the plan of ``request`` lies; None if it is not of local files, or depends on more than can be told."""
-    if not isinstance(request.dataset, (str, Path)):
-        return None
+    if not isinstance(request.dataset, (str, Path)) or {"data_files", "data_dir"} & request.load.keys():
+        return None  # with these it may be other files than those below
     root = Path(request.dataset).expanduser()
     files = _files(root)
     if files is None:

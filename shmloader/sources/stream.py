@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -77,22 +77,27 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
 class StreamReader:
     """Reads the chunks of a stream in order; a jump backwards opens it again. One prefetcher, one thread."""
 
-    def __init__(self, request: SourceRequest, plan: SourcePlan) -> None:
-        self._request, self._plan = request, plan
+    def __init__(self, request: SourceRequest, plan: SourcePlan, touch: Callable[[], None]) -> None:
+        self._request, self._plan, self._touch = request, plan, touch
         self._schema = plan.schema
         self._stream: Any = None
         self._features: Any = None
         self._batches: Iterator[pa.Table] | None = None
         self._next_row = 0
+        self._failed: tuple[int, str] | None = None  # the first row of the chunk that could not be read, and why
 
     def read(self, chunk: Chunk, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
         """The rows of ``chunk``; see `Reader.read`. Rows before it that were not read yet are skipped over."""
+        if self._failed is not None and chunk.first_row >= self._failed[0]:
+            raise self._read_error(chunk, f"it ended before them: {self._failed[1]}")  # not all of it again
         try:
             batch = self._read(chunk)
         except (ShmloaderError, MemoryError):
             raise
         except Exception as error:
-            failure = self._read_error(chunk, f"{type(error).__name__}: {error}")
+            why = f"{type(error).__name__}: {error}"
+            failure = self._read_error(chunk, why)
+            self._failed = (chunk.first_row, why)
             self._batches = None
             if has_secret(self._request, str(error)):
                 raise failure from None
@@ -110,6 +115,7 @@ class StreamReader:
             table = next(self._batches, None)
             if table is None:
                 raise self._count_error(chunk, self._next_row)
+            self._touch()
             first, self._next_row = self._next_row, self._next_row + table.num_rows
             if first == chunk.first_row:
                 break

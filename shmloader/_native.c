@@ -4,6 +4,9 @@
  * shmloader.errors. What a caller handles as a matter of course (exists, full, extend, not found, stale)
  * comes back as a negative int instead.
  *
+ * One long file, in four parts (Mapping and View, Segment, BatchRing, the module): what is shared is small, and a
+ * second file with Python.h would be a second place for the core's independence of Python to end.
+ *
  * Lifetimes: a View keeps its Mapping, so memory is unmapped only when the last array or tensor over it is gone.
  * In a forked child, and while the interpreter exits, deallocation does nothing.
  */

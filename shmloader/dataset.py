@@ -300,6 +300,7 @@ def _start(work: Work, options: Options) -> Reader:
         "log": options.log,
     }
     fds: list[int] = []
+    reader: Reader | None = None
     try:
         fds.append(write(work, head))
         fds.append(os.memfd_create("shmloader-plan", os.MFD_CLOEXEC))
@@ -309,8 +310,11 @@ def _start(work: Work, options: Options) -> Reader:
         reader = Reader(files, plan, options.timeout_s)
         reader.attach()
     except BaseException:
-        for fd in (*ring_files.fds, *fds):
-            os.close(fd)
+        if reader is not None:
+            reader.close()  # it may have entered the set
+        else:
+            for fd in (*ring_files.fds, *fds):
+                os.close(fd)
         raise
     if options.ring_bytes is None:
         record_bytes = plan.schema.record_bytes() if plan.schema is not None else None

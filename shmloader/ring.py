@@ -8,6 +8,7 @@ what torch is.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import json
 import os
@@ -206,7 +207,8 @@ class Ring:
                 try:
                     refs = self._wait_for(ids, packed_ids, timeout_s, on_tick, describe)
                 except BaseException:
-                    self.segment.get_many(array("Q"), True)  # withdraw the wants
+                    with contextlib.suppress(ShmloaderError):  # closed meanwhile: they are gone with the client
+                        self.segment.get_many(array("Q"), True)  # withdraw the wants
                     raise
         return Refs(ids, refs)
 

@@ -11,7 +11,7 @@ class MultimodalConfig:
 
     vocab_size: token ids must be below it; None: not checked.
     vision_dim: images are [3, vision_dim, vision_dim].
-    max_audio_length: of an audio clip, in samples at 16 kHz.
+    max_audio_length: of an audio clip, in samples at 16 kHz; for audio, which is not read yet.
     max_text_length: longer token sequences are cut.
     image_dtype: "float32", normalised by ImageNet's mean and deviation (stored as uint8, converted as a batch is
         gathered), or "uint8", as decoded.

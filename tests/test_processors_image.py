@@ -288,3 +288,14 @@ def test_photographs_are_what_pillow_makes_of_them(size):
     for chunk in column.chunks:
         for image, value in zip(images_of(chunk, size=size), chunk.to_pylist(), strict=True):
             assert difference(image.transpose(1, 2, 0), by_pillow(value["bytes"], size)) <= 1
+
+
+@pytest.mark.parametrize("vision_dim", [0, -1, "224", 2.0, True])
+def test_a_size_that_is_none_is_an_error_that_names_it(vision_dim):
+    from shmloader.config import MultimodalConfig
+    from shmloader.errors import OptionError
+    from shmloader.processors import build
+    from shmloader.sources.base import Columns
+
+    with pytest.raises(OptionError, match="vision_dim"):
+        build(Columns(image="image"), MultimodalConfig(vision_dim=vision_dim))

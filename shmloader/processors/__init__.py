@@ -39,7 +39,7 @@ def build(
 
     Raises:
         ColumnError: there is nothing to make a sample of.
-        OptionError: the tokenizer or ``image_dtype`` cannot be used.
+        OptionError: the tokenizer, a size or ``image_dtype`` cannot be used.
     """
     if process is not None:
         from shmloader.processors.user import UserProcessor
@@ -49,12 +49,12 @@ def build(
     if columns.text is not None:
         from shmloader.processors.text import TextProcessor
 
-        length = getattr(config, "max_text_length", 512)
+        length = _whole(config, "max_text_length", 512)
         built.append(TextProcessor(columns.text, tokenizer, length, config.vocab_size, columns.labels is None))
     if columns.image is not None:
         from shmloader.processors.image import ImageProcessor
 
-        built.append(ImageProcessor(columns.image, config.vision_dim, _image_dtype(config)))
+        built.append(ImageProcessor(columns.image, _whole(config, "vision_dim"), _image_dtype(config)))
     if columns.labels is not None:
         from shmloader.processors.label import LabelProcessor
 
@@ -80,6 +80,17 @@ def _task_type(fields: Sequence[Field]) -> str:
         if name in by_name:
             return f"{alone}_text" if has_tokens else alone
     return "text"
+
+
+def _whole(config: Any, name: str, default: int | None = None) -> int:
+    """A size of ``config``: a whole number from 1 up."""
+    value = getattr(config, name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        allowed = "a whole number from 1 up"
+        raise OptionError(
+            f"{name}={value!r} of the config must be {allowed}", name=name, value=str(value), allowed=allowed
+        )
+    return value
 
 
 def _image_dtype(config: Any) -> str:

@@ -6,16 +6,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bench import warm
+from bench import larger, order, warm
+
+_QUESTIONS = {"warm": warm, "larger": larger, "order": order}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one benchmark; returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Benchmarks of shmloader.")
     commands = parser.add_subparsers(dest="command", metavar="question", required=True)
-    warm.add_arguments(commands.add_parser("warm", help=warm.HELP, description=warm.HELP))
+    for name, question in _QUESTIONS.items():
+        question.add_arguments(commands.add_parser(name, help=question.HELP, description=question.HELP))
     args = parser.parse_args(argv)
-    status: int = warm.run(args)
+    status: int = _QUESTIONS[args.command].run(args)
     return status
 
 

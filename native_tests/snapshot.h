@@ -40,7 +40,7 @@ typedef struct snapshot {
     int actors[SNAPSHOT_DEPTHS + 1];   /* the client that acts at this depth, and dies there; -1: none */
     struct {
         uint64_t offset, bytes;
-    } regions[8]; /* what of the memory is copied */
+    } regions[12]; /* what of the memory is copied */
     int num_regions;
     void (*survive)(int depth, const char *point);
     uint64_t num_kills[SNAPSHOT_DEPTHS + 1]; /* by depth of the killed */

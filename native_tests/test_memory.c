@@ -312,19 +312,20 @@ static void backing_a_mapping_keeps_what_is_there_and_zeroes_the_rest(void)
 static shml_seg_t seg;
 static int ring_fd;
 
-static void new_segment(uint64_t ring_bytes)
+static void new_segment_of(uint64_t resident_bytes, uint64_t raw_bytes)
 {
-    shml_config_t config = {.ring_bytes = ring_bytes, .resident_bytes = ring_bytes, .num_records = 16};
-    uint64_t bytes = shml_control_bytes(&config);
+    shml_config_t config = {.resident_bytes = resident_bytes, .raw_bytes = raw_bytes, .num_records = 16};
+    uint64_t bytes = shml_control_bytes(&config), ring_bytes = resident_bytes + raw_bytes;
     void *control = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     CHECK(control != MAP_FAILED);
-    CHECK_EQ(shml_control_format(control, bytes, &config, NULL, NULL), SHML_OK);
+    CHECK_EQ(shml_control_format(control, bytes, &config, NULL, NULL, NULL), SHML_OK);
     ring_fd = new_memfd(ring_bytes);
-    seg = (shml_seg_t){
-        .control = control, .ring_bytes = ring_bytes, .lock_fd = ring_fd, .self = -1, .env = &shml_env_linux};
+    seg = (shml_seg_t){.control = control, .ring_bytes = ring_bytes, .lock_fd = ring_fd, .env = &shml_env_linux};
+    seg.self = -1;
     seg.ring = shml_map(ring_fd, ring_bytes, 1, "ring");
     CHECK(seg.ring != NULL);
 }
+static void new_segment(uint64_t ring_bytes) { new_segment_of(ring_bytes, 0); }
 
 static void free_segment(void)
 {
@@ -338,15 +339,15 @@ static void the_ring_grows_by_extents(void)
     shml_memory_t memory;
     new_root("");
     new_segment(100 * MIB);
-    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 1, root, &memory), SHML_OK);
-    CHECK_EQ(seg.control->backed_end, 64 * MIB);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 1, root, &memory), SHML_OK);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].backed_end, 64 * MIB);
     CHECK_EQ(backed(ring_fd), 64 * MIB);
-    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 64 * MIB, root, &memory), SHML_OK);
-    CHECK_EQ(seg.control->backed_end, 64 * MIB);
-    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 64 * MIB + 1, root, &memory), SHML_OK);
-    CHECK_EQ(seg.control->backed_end, 100 * MIB); /* the ring's end, not the extent's */
-    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 100 * MIB + 1, root, &memory), SHML_E_INVAL);
-    CHECK_EQ(seg.control->frozen, 0);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 64 * MIB, root, &memory), SHML_OK);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].backed_end, 64 * MIB);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 64 * MIB + 1, root, &memory), SHML_OK);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].backed_end, 100 * MIB); /* the ring's end, not the extent's */
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 100 * MIB + 1, root, &memory), SHML_E_INVAL);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].frozen, 0);
     free_segment();
     remove_root();
 }
@@ -358,31 +359,90 @@ static void little_memory_backs_what_is_needed_then_freezes(void)
     put_bytes("/sys/fs/cgroup/a/memory.max", 200 * MIB); /* the spare is 10 MiB */
     put_bytes("/sys/fs/cgroup/a/memory.current", 170 * MIB);
     new_segment(256 * MIB);
-    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 3 * MIB, root, &memory), SHML_OK);
-    CHECK_EQ(seg.control->backed_end, 4 * MIB);
-    CHECK_EQ(seg.control->frozen, 0);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 3 * MIB, root, &memory), SHML_OK);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].backed_end, 4 * MIB);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].frozen, 0);
     put_bytes("/sys/fs/cgroup/a/memory.current", 189 * MIB);
-    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 5 * MIB, root, &memory), SHML_E_MEMORY);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 5 * MIB, root, &memory), SHML_E_MEMORY);
     CHECK_TEXT(memory.limited_by, "/sys/fs/cgroup/a");
-    CHECK_EQ(seg.control->backed_end, 4 * MIB);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].backed_end, 4 * MIB);
     CHECK_EQ(backed(ring_fd), 4 * MIB);
-    CHECK_EQ(seg.control->frozen, 1);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].frozen, 1);
     put_bytes("/sys/fs/cgroup/a/memory.current", 0); /* frozen is final */
-    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 5 * MIB, root, &memory), SHML_E_MEMORY);
-    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 4 * MIB, root, &memory), SHML_OK); /* but what is there, is there */
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 5 * MIB, root, &memory), SHML_E_MEMORY);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 4 * MIB, root, &memory),
+             SHML_OK); /* but what is there, is there */
+    free_segment();
+    remove_root();
+}
+
+static const char *at_point;
+/* Is this where something is to happen? Once. */
+static int at_point_is(const char *name)
+{
+    if (at_point == NULL || strcmp(name, at_point) != 0)
+        return 0;
+    at_point = NULL;
+    return 1;
+}
+
+/* Each region grows, and is frozen, for itself; raw gives its memory back. */
+static void regions_grow_apart(void)
+{
+    shml_memory_t memory;
+    new_root("0::/a\n");
+    put_bytes("/sys/fs/cgroup/a/memory.max", 200 * MIB);
+    put_bytes("/sys/fs/cgroup/a/memory.current", 0);
+    new_segment_of(96 * MIB, 80 * MIB);
+    shml_region_t *regions = seg.control->regions;
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 96 * MIB + 1, root, &memory), SHML_E_INVAL);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_NUM_REGIONS, 1, root, &memory), SHML_E_INVAL);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RAW_REGION, 96 * MIB + 1, root, &memory), SHML_OK);
+    CHECK_EQ(regions[SHML_RAW_REGION].backed_end, 128 * MIB); /* extents lie where the ring's bytes do */
+    CHECK_EQ(regions[SHML_RESIDENT].backed_end, 0);
+    CHECK_EQ(backed(ring_fd), 32 * MIB);
+    put_bytes("/sys/fs/cgroup/a/memory.current", 200 * MIB);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RAW_REGION, 128 * MIB + 1, root, &memory), SHML_E_MEMORY);
+    CHECK(regions[SHML_RAW_REGION].frozen && !regions[SHML_RESIDENT].frozen);
+    CHECK_EQ(shml_raw_release(&seg, ring_fd), 1); /* no chunk is left to do */
+    CHECK_EQ(regions[SHML_RAW_REGION].backed_end, 96 * MIB);
+    CHECK_EQ(backed(ring_fd), 0);
+    CHECK_EQ(shml_raw_release(&seg, ring_fd), 0);
+    free_segment();
+    remove_root();
+}
+
+static void release_raw(const char *name)
+{
+    if (at_point_is(name))
+        CHECK_EQ(shml_raw_release(&seg, ring_fd), 1);
+}
+
+/* What was released while another backed on top of it is not taken for backed. */
+static void raw_is_released_while_another_backs_it(void)
+{
+    shml_memory_t memory;
+    new_root("");
+    new_segment_of(0, 192 * MIB);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RAW_REGION, 1, root, &memory), SHML_OK);
+    shml_failpoint = release_raw;
+    at_point = "memory.ring_back.backed";
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RAW_REGION, 65 * MIB, root, &memory), SHML_OK);
+    shml_failpoint = NULL;
+    CHECK_EQ(seg.control->regions[SHML_RAW_REGION].backed_end, 0);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RAW_REGION, 65 * MIB, root, &memory), SHML_OK);
+    CHECK_EQ(backed(ring_fd), 128 * MIB);
     free_segment();
     remove_root();
 }
 
 /* At each failpoint of one client's growth another grows, too: neither takes anything from the other. */
-static const char *at_point;
 static void grow_another(const char *name)
 {
     shml_memory_t memory;
-    if (at_point == NULL || strcmp(name, at_point) != 0)
+    if (!at_point_is(name))
         return;
-    at_point = NULL;
-    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 100 * MIB, root, &memory), SHML_OK);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 100 * MIB, root, &memory), SHML_OK);
     put_bytes("/sys/fs/cgroup/a/memory.current", 300 * MIB);
 }
 
@@ -395,10 +455,10 @@ static void two_clients_grow_the_ring_at_once(void)
     new_segment(256 * MIB);
     shml_failpoint = grow_another;
     at_point = "memory.ring_back.backed"; /* outside of the mutex */
-    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 1, root, &memory), SHML_OK);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 1, root, &memory), SHML_OK);
     shml_failpoint = NULL;
-    CHECK_EQ(seg.control->backed_end, 128 * MIB);
-    CHECK_EQ(seg.control->frozen, 0);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].backed_end, 128 * MIB);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].frozen, 0);
     free_segment();
     remove_root();
 }
@@ -419,10 +479,10 @@ static void who_is_refused_uses_what_another_got(void)
     new_segment(256 * MIB);
     shml_failpoint = grow_when_refused;
     at_point = "memory.ring_back.backed";
-    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, 1, root, &memory), SHML_OK);
+    CHECK_EQ(shml_ring_back_in(&seg, ring_fd, SHML_RESIDENT, 1, root, &memory), SHML_OK);
     shml_failpoint = NULL;
-    CHECK_EQ(seg.control->backed_end, 128 * MIB);
-    CHECK_EQ(seg.control->frozen, 0);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].backed_end, 128 * MIB);
+    CHECK_EQ(seg.control->regions[SHML_RESIDENT].frozen, 0);
     free_segment();
     remove_root();
 }
@@ -446,5 +506,6 @@ TEST_MAIN(TEST(without_cgroups_the_machine_is_the_limit), TEST(without_proc_ther
           TEST(a_long_path_keeps_its_end), TEST(back_takes_what_is_asked_for), TEST(back_leaves_the_spare),
           TEST(back_gets_done_under_a_storm_of_signals),
           TEST(backing_a_mapping_keeps_what_is_there_and_zeroes_the_rest), TEST(the_ring_grows_by_extents),
-          TEST(little_memory_backs_what_is_needed_then_freezes), TEST(two_clients_grow_the_ring_at_once),
+          TEST(little_memory_backs_what_is_needed_then_freezes), TEST(regions_grow_apart),
+          TEST(raw_is_released_while_another_backs_it), TEST(two_clients_grow_the_ring_at_once),
           TEST(who_is_refused_uses_what_another_got), TEST(spare_is_a_share_with_a_most))

@@ -7,7 +7,8 @@
  * One long file, in four parts (Mapping and View, Segment, BatchRing, the module): what is shared is small, and a
  * second file with Python.h would be a second place for the core's independence of Python to end.
  *
- * Lifetimes: a View keeps its Mapping, so memory is unmapped only when the last array or tensor over it is gone.
+ * Lifetimes: a View keeps its Mapping, so memory is unmapped only when the last array or tensor over it is gone, and
+ * its guard: the Pins that keep a record in transit where it is.
  * In a forked child, and while the interpreter exits, deallocation does nothing.
  */
 #define _GNU_SOURCE
@@ -15,6 +16,7 @@
 #include <Python.h>
 
 #include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "native/layout.h"
@@ -41,7 +43,7 @@ static PyObject *raise_status(int status, const char *what)
         {SHML_E_NAMESPACE, "RingError", "the segment was made in another PID namespace"},
         {SHML_E_CORRUPT, "RingError", "a record is not what its header says"},
         {SHML_E_MEMORY, "MemoryLimitError", "not enough memory; set SHMLOADER_RING_BYTES lower"},
-        {SHML_E_FULL, "RingFullError", "no room"},
+        {SHML_E_FULL, "RingError", "no room"},
         {SHML_E_TOOBIG, "RecordTooLargeError", "larger than the ring"},
         {SHML_E_LEFT, "ClosedError", "the dataset was closed"},
         {SHML_E_STALE, "StaleTokenError", "the slot was given to another batch"},
@@ -95,12 +97,12 @@ typedef struct {
     PyObject_HEAD uint8_t *at;
     uint64_t num_bytes;
     uint64_t forks;
-    int writable;
+    int writable, is_private; /* private: of malloc, so a forked child has a copy of its own */
 } Mapping;
 
-static PyTypeObject *mapping_type, *view_type, *segment_type, *batch_type;
+static PyTypeObject *mapping_type, *view_type, *pins_type, *segment_type, *batch_type;
 
-static int in_home(const Mapping *m) { return m->forks == shml_forks(); }
+static int in_home(const Mapping *m) { return m->is_private || m->forks == shml_forks(); }
 
 static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
@@ -116,18 +118,24 @@ static PyObject *mapping_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
     self->forks = shml_forks();
     self->num_bytes = num_bytes;
     self->writable = writable;
-    Py_BEGIN_ALLOW_THREADS self->at = shml_map(fd, num_bytes, writable, name);
-    Py_END_ALLOW_THREADS if (self->at == NULL)
-    {
+    self->is_private = fd == -1;
+    void *at = NULL;
+    Py_BEGIN_ALLOW_THREADS if (self->is_private) errno = posix_memalign(&at, SHML_ALIGN, num_bytes > 0 ? num_bytes : 1);
+    else at = shml_map(fd, num_bytes, writable, name);
+    Py_END_ALLOW_THREADS self->at = at;
+    if (at == NULL) {
+        PyErr_SetFromErrno(PyExc_OSError);
         Py_DECREF(self);
-        return PyErr_SetFromErrno(PyExc_OSError);
+        return NULL;
     }
     return (PyObject *)self;
 }
 
 static void mapping_dealloc(Mapping *self)
 {
-    if (self->at != NULL && in_home(self) && !exiting)
+    if (self->is_private)
+        free(self->at);
+    else if (self->at != NULL && in_home(self) && !exiting)
         shml_unmap(self->at, self->num_bytes);
     PyTypeObject *type = Py_TYPE((PyObject *)self);
     PyObject_Free(self);
@@ -198,7 +206,8 @@ static PyType_Slot mapping_slots[] = {
     {Py_tp_dealloc, mapping_dealloc},
     {Py_tp_methods, mapping_methods},
     {Py_tp_getset, mapping_getset},
-    {Py_tp_doc, "Mapping(fd, num_bytes, writable, name): shared memory of this process; unmapped with its last view."},
+    {Py_tp_doc, "Mapping(fd, num_bytes, writable, name): memory of `fd` (-1: of this process alone); unmapped with its "
+                "last view."},
     {0, NULL},
 };
 static PyType_Spec mapping_spec = {"shmloader._native.Mapping", sizeof(Mapping), 0, Py_TPFLAGS_DEFAULT, mapping_slots};
@@ -233,6 +242,7 @@ static PyType_Spec view_spec = {"shmloader._native.View", sizeof(View), 0,
 
 typedef struct {
     PyObject_HEAD Mapping *control, *ring;
+    pthread_mutex_t pin_lock;
     shml_seg_t seg;
 } Segment;
 
@@ -260,17 +270,27 @@ static PyObject *segment_new(PyTypeObject *type, PyObject *args, PyObject *kwarg
         return NULL;
     self->control = (Mapping *)Py_NewRef(control);
     self->ring = (Mapping *)Py_NewRef(ring);
+    pthread_mutex_init(&self->pin_lock, NULL);
+    /* Of zero pages: only the counts of records that are pinned take memory. */
+    uint16_t *pin_counts = calloc(((shml_control_t *)c->at)->num_descs, sizeof *pin_counts);
     self->seg = (shml_seg_t){.control = (shml_control_t *)c->at,
                              .ring = r->at,
                              .ring_bytes = r->num_bytes,
                              .lock_fd = lock_fd,
+                             .pin_counts = pin_counts,
+                             .pin_lock = &self->pin_lock,
                              .self = -1,
                              .env = &shml_env_linux};
+    if (pin_counts == NULL) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
     return (PyObject *)self;
 }
 
 static void segment_dealloc(Segment *self)
 {
+    free(self->seg.pin_counts);
     Py_XDECREF((PyObject *)self->control);
     Py_XDECREF((PyObject *)self->ring);
     PyTypeObject *type = Py_TYPE((PyObject *)self);
@@ -286,6 +306,86 @@ static int usable(const Segment *self)
     PyErr_SetString(PyExc_RuntimeError, "this segment was attached before fork(); attach again in the child");
     return 0;
 }
+
+/* ------------------------------------------------ Pins ------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD Segment *segment; /* keeps the mappings */
+    uint32_t n;
+    shml_ref_t *refs; /* those of a look-up, pinned or not */
+} Pins;
+
+static int is_pinned(const shml_ref_t *ref) { return ref->status <= SHML_REF_ERROR && ref->chunk == 1; }
+
+/* Pins of these refs, which now has the care of them: None if none is pinned, NULL with an exception set. */
+static PyObject *pins_of(Segment *segment, const shml_ref_t *refs, uint32_t n)
+{
+    uint32_t first = 0;
+    while (first < n && !is_pinned(&refs[first]))
+        first++;
+    if (first == n)
+        return Py_NewRef(Py_None);
+    Pins *pins = (Pins *)PyType_GenericAlloc(pins_type, 0);
+    if (pins == NULL)
+        return NULL;
+    pins->refs = malloc(n * sizeof *refs);
+    if (pins->refs == NULL) {
+        Py_DECREF(pins);
+        return PyErr_NoMemory();
+    }
+    memcpy(pins->refs, refs, n * sizeof *refs);
+    pins->n = n;
+    pins->segment = (Segment *)Py_NewRef((PyObject *)segment);
+    return (PyObject *)pins;
+}
+
+static void pins_dealloc(Pins *self)
+{
+    /* Not in a child: they are the parent's. Not at exit either: whoever reaps this process gives them back. */
+    if (self->segment != NULL && in_home(self->segment->control) && !exiting)
+        shml_unpin(&self->segment->seg, self->refs, self->n);
+    Py_XDECREF((PyObject *)self->segment);
+    free(self->refs);
+    PyTypeObject *type = Py_TYPE((PyObject *)self);
+    PyObject_Free(self);
+    Py_DECREF(type);
+}
+
+static PyObject *pins_one(Pins *self, PyObject *arg)
+{
+    long i = PyLong_AsLong(arg);
+    if (i == -1 && PyErr_Occurred())
+        return NULL;
+    if (i < 0 || i >= (long)self->n) {
+        PyErr_SetString(PyExc_IndexError, "no such record in this look-up");
+        return NULL;
+    }
+    const shml_ref_t *ref = &self->refs[i];
+    if (!is_pinned(ref) || !in_home(self->segment->control))
+        return Py_NewRef(Py_None);
+    int status = shml_pin_again(&self->segment->seg, ref);
+    if (status != SHML_OK)
+        return raise_status(status, "pin");
+    PyObject *one = pins_of(self->segment, ref, 1);
+    if (one == NULL)
+        shml_unpin(&self->segment->seg, ref, 1);
+    return one;
+}
+
+static PyMethodDef pins_methods[] = {
+    {"one", (PyCFunction)pins_one, METH_O, "one(i): a pin more of the i-th record alone; None: it needs none."},
+    {NULL, NULL, 0, NULL},
+};
+static PyType_Slot pins_slots[] = {
+    {Py_tp_dealloc, pins_dealloc},
+    {Py_tp_methods, pins_methods},
+    {Py_tp_doc, "What a look-up pinned; given back when it dies."},
+    {0, NULL},
+};
+static PyType_Spec pins_spec = {"shmloader._native.Pins", sizeof(Pins), 0,
+                                Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, pins_slots};
+
+/* ------------------------------------------------ Segment, its methods --------------------------------- */
 
 #define CALL(expression)                                                                                               \
     int status;                                                                                                        \
@@ -310,6 +410,8 @@ static PyObject *segment_unregister(Segment *self, PyObject *unused)
     if (in_home(self->control)) {
         Py_BEGIN_ALLOW_THREADS shml_client_unregister(&self->seg);
         Py_END_ALLOW_THREADS
+            /* The files are closed next, and their numbers are other files' when the last pin is given back. */
+            self->seg.lock_fd = -1;
     }
     Py_RETURN_NONE;
 }
@@ -331,13 +433,80 @@ static PyObject *segment_count(Segment *self, PyObject *args)
     return PyLong_FromUnsignedLong(shml_count_clients(&self->seg, role));
 }
 
+/* An array of u64 or u32 from a buffer; 0 with an exception set. */
+static int parse_array(PyObject *object, Py_buffer *buffer, Py_ssize_t item_bytes, uint32_t *n)
+{
+    if (PyObject_GetBuffer(object, buffer, PyBUF_SIMPLE) != 0)
+        return 0;
+    if (buffer->len % item_bytes != 0 || buffer->len / item_bytes > UINT32_MAX) {
+        PyBuffer_Release(buffer);
+        PyErr_SetString(PyExc_ValueError, "an array has a wrong size");
+        return 0;
+    }
+    *n = (uint32_t)(buffer->len / item_bytes);
+    return 1;
+}
+
+static PyObject *segment_claim_rows(Segment *self, PyObject *object)
+{
+    Py_buffer ids;
+    uint32_t n;
+    if (!usable(self) || !parse_array(object, &ids, 8, &n))
+        return NULL;
+    PyObject *got = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n);
+    if (got != NULL) {
+        uint8_t *out = (uint8_t *)PyBytes_AsString(got);
+        CALL(shml_claim_rows(&self->seg, ids.buf, n, out));
+        if (status < 0) {
+            Py_CLEAR(got);
+            raise_on(&self->seg, status, "claim_rows");
+        }
+    }
+    PyBuffer_Release(&ids);
+    return got;
+}
+
+static PyObject *segment_unclaim_rows(Segment *self, PyObject *object)
+{
+    Py_buffer ids;
+    uint32_t n;
+    if (!usable(self) || !parse_array(object, &ids, 8, &n))
+        return NULL;
+    CALL(shml_unclaim_rows(&self->seg, ids.buf, n));
+    PyBuffer_Release(&ids);
+    return status < 0 ? raise_on(&self->seg, status, "unclaim_rows") : Py_NewRef(Py_None);
+}
+
+/* (order, gen, until) or None. */
+static int parse_stamp(PyObject *object, shml_stamp_t *stamp)
+{
+    unsigned long long until;
+    *stamp = (shml_stamp_t){.order = SHML_NO_ORDER};
+    if (object == Py_None)
+        return 1;
+    if (!PyTuple_Check(object)) {
+        PyErr_SetString(PyExc_TypeError, "a stamp is (order, generation, until)");
+        return 0;
+    }
+    if (!PyArg_ParseTuple(object, "IIK", &stamp->order, &stamp->gen, &until))
+        return 0;
+    stamp->until = until;
+    return 1;
+}
+
 static PyObject *segment_reserve(Segment *self, PyObject *args)
 {
     unsigned long long id, num_bytes;
-    if (!PyArg_ParseTuple(args, "KK", &id, &num_bytes) || !usable(self))
+    PyObject *object;
+    int urgent;
+    shml_stamp_t stamp;
+    if (!PyArg_ParseTuple(args, "KKOp", &id, &num_bytes, &object, &urgent) || !parse_stamp(object, &stamp) ||
+        !usable(self))
         return NULL;
     shml_ticket_t ticket;
-    CALL(shml_reserve(&self->seg, id, num_bytes, &ticket));
+    CALL(shml_reserve(&self->seg, id, num_bytes, &stamp, urgent, &ticket));
+    if (status == SHML_E_EXTEND)
+        return Py_BuildValue("(iIK)", status, ticket.desc, ticket.offset + ticket.num_bytes);
     if (status != SHML_OK)
         return status_or_raise(&self->seg, status, "reserve");
     return Py_BuildValue("(KKII)", ticket.offset, ticket.num_bytes, ticket.desc, ticket.gen);
@@ -374,25 +543,61 @@ static PyObject *segment_abort(Segment *self, PyObject *tuple)
     return status_or_raise(&self->seg, status, "abort");
 }
 
+/* (order, gen, begin, end) or None. */
+static int parse_place(PyObject *object, shml_place_t *place)
+{
+    unsigned long long begin, end;
+    if (!PyTuple_Check(object)) {
+        PyErr_SetString(PyExc_TypeError, "a place is (order, generation, begin, end)");
+        return 0;
+    }
+    if (!PyArg_ParseTuple(object, "IIKK", &place->order, &place->gen, &begin, &end))
+        return 0;
+    place->begin = begin;
+    place->end = end;
+    return 1;
+}
+
 static PyObject *segment_get_many(Segment *self, PyObject *args)
 {
+    PyObject *object, *place_object, *result = NULL, *refs, *pins = NULL;
     Py_buffer ids;
-    int post;
-    if (!PyArg_ParseTuple(args, "y*p", &ids, &post))
+    int flags;
+    uint32_t n;
+    shml_place_t place;
+    shml_found_t found = {0};
+    if (!PyArg_ParseTuple(args, "OiO", &object, &flags, &place_object) ||
+        (place_object != Py_None && !parse_place(place_object, &place)) || !usable(self) ||
+        !parse_array(object, &ids, 8, &n))
         return NULL;
-    PyObject *refs = NULL;
-    uint32_t num_missing = 0, n = (uint32_t)(ids.len / 8);
-    if (usable(self) &&
-        (refs = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n * (Py_ssize_t)sizeof(shml_ref_t))) != NULL) {
+    refs = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n * (Py_ssize_t)sizeof(shml_ref_t));
+    if (refs != NULL) {
         shml_ref_t *out = (shml_ref_t *)PyBytes_AsString(refs);
-        CALL(shml_get_many(&self->seg, ids.buf, n, post, out, &num_missing));
-        if (status != SHML_OK) {
-            Py_CLEAR(refs);
+        CALL(shml_get_many(&self->seg, ids.buf, n, flags, place_object == Py_None ? NULL : &place, out, &found));
+        if (status != SHML_OK)
             raise_on(&self->seg, status, "get_many");
-        }
+        else if ((pins = pins_of(self, out, n)) != NULL)
+            result = Py_BuildValue("(OIOO)", refs, found.num_missing, pins, found.over_quota ? Py_True : Py_False);
+        else
+            shml_unpin(&self->seg, out, n);
     }
+    Py_XDECREF(pins);
+    Py_XDECREF(refs);
     PyBuffer_Release(&ids);
-    return refs == NULL ? NULL : Py_BuildValue("(NI)", refs, num_missing);
+    return result;
+}
+
+/* Grows when the records that readers wait with are in the way of others. Read without the mutex: a hint. */
+static PyObject *segment_starved(Segment *self, PyObject *unused)
+{
+    (void)unused;
+    return usable(self) ? PyLong_FromUnsignedLongLong(self->seg.control->num_starved) : NULL;
+}
+
+static PyObject *segment_pinned_bytes(Segment *self, PyObject *unused)
+{
+    (void)unused;
+    return usable(self) ? PyLong_FromUnsignedLongLong(self->seg.pinned_bytes) : NULL;
 }
 
 static PyObject *segment_wake_word(Segment *self, PyObject *unused)
@@ -427,33 +632,45 @@ static PyObject *segment_work_wait(Segment *self, PyObject *args)
     Py_RETURN_NONE;
 }
 
-static PyObject *segment_have(Segment *self, PyObject *args)
+static PyObject *segment_work_tell(Segment *self, PyObject *unused)
 {
-    unsigned long long first;
-    unsigned int n;
-    if (!PyArg_ParseTuple(args, "KI", &first, &n) || !usable(self))
+    (void)unused;
+    if (!usable(self))
         return NULL;
-    PyObject *bits = PyBytes_FromStringAndSize(NULL, ((Py_ssize_t)n + 7) / 8);
-    if (bits == NULL)
+    shml_work_tell(&self->seg);
+    Py_RETURN_NONE;
+}
+
+static PyObject *segment_look(Segment *self, PyObject *args)
+{
+    PyObject *object, *stamp_object;
+    Py_buffer ids;
+    uint32_t n;
+    shml_stamp_t stamp;
+    if (!PyArg_ParseTuple(args, "OO", &object, &stamp_object) || !parse_stamp(stamp_object, &stamp) || !usable(self) ||
+        !parse_array(object, &ids, 8, &n))
         return NULL;
-    uint8_t *out = (uint8_t *)PyBytes_AsString(bits);
-    CALL(shml_have(&self->seg, first, n, out));
-    if (status != SHML_OK) {
-        Py_DECREF(bits);
-        return raise_on(&self->seg, status, "have");
+    PyObject *rows = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n);
+    if (rows != NULL) {
+        uint8_t *out = (uint8_t *)PyBytes_AsString(rows);
+        CALL(shml_look(&self->seg, ids.buf, n, stamp_object == Py_None ? NULL : &stamp, out));
+        if (status < 0) {
+            Py_CLEAR(rows);
+            raise_on(&self->seg, status, "look");
+        }
     }
-    return bits;
+    PyBuffer_Release(&ids);
+    return rows;
 }
 
 #define MAX_WANTED 4096
 static PyObject *segment_wanted(Segment *self, PyObject *args)
 {
-    unsigned long long first;
-    unsigned int n;
+    unsigned int most;
     uint64_t ids[MAX_WANTED];
-    if (!PyArg_ParseTuple(args, "KI", &first, &n) || !usable(self))
+    if (!PyArg_ParseTuple(args, "I", &most) || !usable(self))
         return NULL;
-    CALL(shml_wanted(&self->seg, first, n, ids, MAX_WANTED));
+    CALL(shml_wanted(&self->seg, ids, most < MAX_WANTED ? most : MAX_WANTED));
     if (status < 0)
         return raise_on(&self->seg, status, "wanted");
     PyObject *list = PyList_New(status);
@@ -465,24 +682,140 @@ static PyObject *segment_wanted(Segment *self, PyObject *args)
     return list;
 }
 
-static PyObject *segment_claim(Segment *self, PyObject *unused)
+static PyObject *segment_chunk_look(Segment *self, PyObject *object)
+{
+    Py_buffer chunks;
+    uint32_t n;
+    if (!usable(self) || !parse_array(object, &chunks, 4, &n))
+        return NULL;
+    PyObject *states = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n);
+    if (states != NULL) {
+        uint8_t *out = (uint8_t *)PyBytes_AsString(states);
+        CALL(shml_chunk_look(&self->seg, chunks.buf, n, out));
+        if (status < 0) {
+            Py_CLEAR(states);
+            raise_on(&self->seg, status, "chunk_look");
+        }
+    }
+    PyBuffer_Release(&chunks);
+    return states;
+}
+
+static PyObject *segment_chunk_claim(Segment *self, PyObject *args)
+{
+    unsigned int chunk;
+    if (!PyArg_ParseTuple(args, "I", &chunk) || !usable(self))
+        return NULL;
+    CALL(shml_chunk_claim(&self->seg, chunk));
+    return status_or_raise(&self->seg, status, "chunk_claim");
+}
+
+static PyObject *segment_chunk_end(Segment *self, PyObject *args)
+{
+    unsigned int chunk;
+    int outcome;
+    if (!PyArg_ParseTuple(args, "Ii", &chunk, &outcome) || !usable(self))
+        return NULL;
+    CALL(shml_chunk_end(&self->seg, chunk, outcome));
+    return status_or_raise(&self->seg, status, "chunk_end");
+}
+
+static PyObject *segment_chunks_wanted(Segment *self, PyObject *args)
+{
+    unsigned int most;
+    uint32_t chunks[MAX_WANTED], counts[MAX_WANTED];
+    if (!PyArg_ParseTuple(args, "I", &most) || !usable(self))
+        return NULL;
+    CALL(shml_chunks_wanted(&self->seg, chunks, counts, most < MAX_WANTED ? most : MAX_WANTED));
+    if (status < 0)
+        return raise_on(&self->seg, status, "chunks_wanted");
+    PyObject *list = PyList_New(status);
+    for (int i = 0; list != NULL && i < status; i++) {
+        PyObject *item = Py_BuildValue("(II)", chunks[i], counts[i]);
+        if (item == NULL || PyList_SetItem(list, i, item) != 0)
+            Py_CLEAR(list);
+    }
+    return list;
+}
+
+static PyObject *segment_raw_release(Segment *self, PyObject *args)
+{
+    int fd;
+    if (!PyArg_ParseTuple(args, "i", &fd) || !usable(self))
+        return NULL;
+    CALL(shml_raw_release(&self->seg, fd));
+    return status < 0 ? raise_on(&self->seg, status, "raw_release") : PyBool_FromLong(status);
+}
+
+static PyObject *segment_count_fetched(Segment *self, PyObject *args)
+{
+    unsigned long long num_bytes;
+    if (!PyArg_ParseTuple(args, "K", &num_bytes) || !usable(self))
+        return NULL;
+    shml_count_fetched(&self->seg, num_bytes);
+    Py_RETURN_NONE;
+}
+
+static PyObject *segment_count_decoding(Segment *self, PyObject *args)
+{
+    unsigned long long ns;
+    if (!PyArg_ParseTuple(args, "K", &ns) || !usable(self))
+        return NULL;
+    shml_count_decoding(&self->seg, ns);
+    Py_RETURN_NONE;
+}
+
+static PyObject *segment_order_begin(Segment *self, PyObject *args)
+{
+    unsigned long long seed, epoch, num_positions;
+    shml_order_info_t order = {0};
+    int drop_last;
+    if (!PyArg_ParseTuple(args, "KKKIIIp", &seed, &epoch, &num_positions, &order.kind, &order.rank, &order.world_size,
+                          &drop_last) ||
+        !usable(self))
+        return NULL;
+    order.seed = seed;
+    order.epoch = epoch;
+    order.num_positions = num_positions;
+    order.drop_last = (uint32_t)drop_last;
+    CALL(shml_order_begin(&self->seg, &order));
+    return status == SHML_OK ? Py_BuildValue("(II)", order.slot, order.gen)
+                             : status_or_raise(&self->seg, status, "order_begin");
+}
+
+static PyObject *segment_order_end(Segment *self, PyObject *args)
+{
+    unsigned int slot, gen;
+    if (!PyArg_ParseTuple(args, "II", &slot, &gen) || !usable(self))
+        return NULL;
+    CALL(shml_order_end(&self->seg, slot, gen));
+    return status_or_raise(&self->seg, status, "order_end");
+}
+
+static PyObject *segment_orders(Segment *self, PyObject *unused)
 {
     (void)unused;
     if (!usable(self))
         return NULL;
-    uint32_t chunk = 0;
-    CALL(shml_chunk_claim(&self->seg, &chunk));
-    return status == SHML_OK ? PyLong_FromUnsignedLong(chunk) : status_or_raise(&self->seg, status, "claim");
+    shml_order_info_t orders[SHML_MAX_ORDERS];
+    CALL(shml_orders(&self->seg, orders, SHML_MAX_ORDERS));
+    if (status < 0)
+        return raise_on(&self->seg, status, "orders");
+    PyObject *list = PyList_New(status);
+    for (int i = 0; list != NULL && i < status; i++) {
+        const shml_order_info_t *o = &orders[i];
+        PyObject *item = Py_BuildValue("(IIKKKIIIIK)", o->slot, o->gen, o->seed, o->epoch, o->num_positions, o->kind,
+                                       o->rank, o->world_size, o->drop_last, o->low_water);
+        if (item == NULL || PyList_SetItem(list, i, item) != 0)
+            Py_CLEAR(list);
+    }
+    return list;
 }
 
-static PyObject *segment_finish(Segment *self, PyObject *args)
+static PyObject *segment_num_orders(Segment *self, PyObject *unused)
 {
-    unsigned int chunk;
-    int broken;
-    if (!PyArg_ParseTuple(args, "Ip", &chunk, &broken) || !usable(self))
-        return NULL;
-    CALL(broken ? shml_chunk_broken(&self->seg, chunk) : shml_chunk_done(&self->seg, chunk));
-    return status_or_raise(&self->seg, status, "finish");
+    (void)unused;
+    return usable(self) ? PyLong_FromUnsignedLong(shml_num_orders(&self->seg)) : NULL;
 }
 
 static PyObject *segment_touch(Segment *self, PyObject *unused)
@@ -497,11 +830,12 @@ static PyObject *segment_touch(Segment *self, PyObject *unused)
 static PyObject *segment_back(Segment *self, PyObject *args)
 {
     int fd;
+    unsigned int region;
     unsigned long long need_end;
-    if (!PyArg_ParseTuple(args, "iK", &fd, &need_end) || !usable(self))
+    if (!PyArg_ParseTuple(args, "iIK", &fd, &region, &need_end) || !usable(self))
         return NULL;
     shml_memory_t memory = {0};
-    CALL(shml_ring_back(&self->seg, fd, need_end, &memory));
+    CALL(shml_ring_back(&self->seg, fd, region, need_end, &memory));
     if (status != SHML_OK && status != SHML_E_MEMORY)
         return raise_on(&self->seg, status, "back");
     return Py_BuildValue("(iKs)", status, memory.available_bytes, memory.limited_by);
@@ -561,14 +895,33 @@ static PyObject *segment_stats(Segment *self, PyObject *unused)
     CALL(shml_get_stats(&self->seg, &s));
     if (status != SHML_OK)
         return raise_on(&self->seg, status, "stats");
-    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsKsKsIsIsIsIsIsIsIsIsIsIsI}", "num_records", s.num_records, "head_bytes",
-                         s.head_bytes, "ring_bytes", s.ring_bytes, "resident_bytes", s.resident_bytes, "backed_bytes",
-                         s.backed_bytes, "used_bytes", s.used_bytes, "num_ready", s.num_ready, "num_errors",
-                         s.num_errors, "num_reserved", s.num_reserved, "num_commits", s.num_commits, "progress",
-                         s.progress, "chunks_todo", s.chunks_todo, "chunks_claimed", s.chunks_claimed, "chunks_done",
-                         s.chunks_done, "chunks_broken", s.chunks_broken, "num_owners", s.num_owners, "num_workers",
-                         s.num_workers, "num_services", s.num_services, "num_reaped", s.num_reaped, "num_services_lost",
-                         s.num_services_lost, "num_rebuilds", s.num_rebuilds, "frozen", s.frozen);
+    const struct {
+        const char *name;
+        uint64_t value;
+    } items[] = {
+#define REGION(r)                                                                                                      \
+    {#r "_bytes", s.r.bytes}, {#r "_backed_bytes", s.r.backed_bytes}, {#r "_used_bytes", s.r.used_bytes},              \
+        {#r "_head_bytes", s.r.head_bytes}, {#r "_blocks", s.r.num_blocks}, {#r "_frozen", s.r.frozen}
+#define ITEM(name) {#name, s.name}
+        REGION(resident),     REGION(transit),    REGION(raw),         ITEM(num_records),
+        ITEM(num_ready),      ITEM(num_errors),   ITEM(num_aside),     ITEM(num_reserved),
+        ITEM(num_claimed),    ITEM(num_suspect),  ITEM(num_commits),   ITEM(commit_bytes),
+        ITEM(num_reads),      ITEM(num_evicted),  ITEM(num_starved),   ITEM(fetched_bytes),
+        ITEM(decoding_ns),    ITEM(num_fetched),  ITEM(progress),      ITEM(chunks_todo),
+        ITEM(chunks_claimed), ITEM(chunks_done),  ITEM(chunks_broken), ITEM(num_owners),
+        ITEM(num_workers),    ITEM(num_services), ITEM(num_reaped),    ITEM(num_services_lost),
+        ITEM(num_rebuilds),   ITEM(num_orders),
+#undef ITEM
+#undef REGION
+    };
+    PyObject *dict = PyDict_New();
+    for (size_t i = 0; dict != NULL && i < sizeof items / sizeof *items; i++) {
+        PyObject *value = PyLong_FromUnsignedLongLong(items[i].value);
+        if (value == NULL || PyDict_SetItemString(dict, items[i].name, value) != 0)
+            Py_CLEAR(dict);
+        Py_XDECREF(value);
+    }
+    return dict;
 }
 
 static PyObject *segment_progress(Segment *self, PyObject *unused)
@@ -629,20 +982,39 @@ static int parse_refs(PyObject *object, const shml_ref_t **refs, uint32_t *n)
 
 static PyObject *segment_count_reads(Segment *self, PyObject *object)
 {
-    const shml_ref_t *refs;
+    Py_buffer buffer;
     uint32_t n;
-    if (!parse_refs(object, &refs, &n) || !usable(self))
+    if (!usable(self) || !parse_array(object, &buffer, 8, &n))
         return NULL;
+    const uint64_t *ids = buffer.buf;
     PyObject *list = PyList_New((Py_ssize_t)n);
     for (uint32_t i = 0; list != NULL && i < n; i++) {
         uint32_t reads;
-        int status = shml_count_reads(&self->seg, &refs[i], 1, &reads);
+        int status = shml_count_reads(&self->seg, &ids[i], 1, &reads);
         PyObject *item =
             status == SHML_OK ? PyLong_FromUnsignedLong(reads) : raise_on(&self->seg, status, "count_reads");
         if (item == NULL || PyList_SetItem(list, (Py_ssize_t)i, item) != 0)
             Py_CLEAR(list);
     }
+    PyBuffer_Release(&buffer);
     return list;
+}
+
+/* Where records lie: `object` is a Mapping or None, for the ring. */
+static int parse_base(const Segment *self, PyObject *object, const uint8_t **base, uint64_t *base_bytes)
+{
+    if (object == Py_None) {
+        *base = self->seg.ring;
+        *base_bytes = self->seg.ring_bytes;
+        return 1;
+    }
+    if (!Py_IS_TYPE(object, mapping_type)) {
+        PyErr_SetString(PyExc_TypeError, "base must be a Mapping or None");
+        return 0;
+    }
+    *base = ((Mapping *)object)->at;
+    *base_bytes = ((Mapping *)object)->num_bytes;
+    return 1;
 }
 
 static PyObject *dims_tuple(const uint32_t *dims)
@@ -654,14 +1026,18 @@ static PyObject *segment_fields(Segment *self, PyObject *args)
 {
     unsigned long long offset, num_bytes;
     unsigned int num_fields;
-    if (!PyArg_ParseTuple(args, "KKI", &offset, &num_bytes, &num_fields) || !usable(self))
+    PyObject *base_object = Py_None;
+    const uint8_t *base;
+    uint64_t base_bytes;
+    if (!PyArg_ParseTuple(args, "KKI|O", &offset, &num_bytes, &num_fields, &base_object) || !usable(self) ||
+        !parse_base(self, base_object, &base, &base_bytes))
         return NULL;
-    if (offset > self->seg.ring_bytes || num_bytes > self->seg.ring_bytes - offset)
+    if (offset > base_bytes || num_bytes > base_bytes - offset)
         return raise_status(SHML_E_CORRUPT, "fields");
     PyObject *list = PyList_New((Py_ssize_t)num_fields);
     for (uint32_t i = 0; list != NULL && i < num_fields; i++) {
         shml_field_t field;
-        int status = shml_record_field(self->seg.ring + offset, num_bytes, i, &field);
+        int status = shml_record_field(base + offset, num_bytes, i, &field);
         PyObject *item = status == SHML_E_NOTFOUND ? Py_NewRef(Py_None)
                          : status != SHML_OK
                              ? raise_on(&self->seg, status, "fields")
@@ -675,16 +1051,19 @@ static PyObject *segment_fields(Segment *self, PyObject *args)
 #define MAX_FIELDS 64
 static PyObject *segment_measure(Segment *self, PyObject *args)
 {
-    PyObject *object;
+    PyObject *object, *base_object = Py_None;
     const shml_ref_t *refs;
+    const uint8_t *base;
+    uint64_t base_bytes;
     uint32_t n;
     unsigned int num_fields;
     shml_measure_t measures[MAX_FIELDS];
-    if (!PyArg_ParseTuple(args, "OI", &object, &num_fields) || !parse_refs(object, &refs, &n) || !usable(self))
+    if (!PyArg_ParseTuple(args, "OI|O", &object, &num_fields, &base_object) || !parse_refs(object, &refs, &n) ||
+        !usable(self) || !parse_base(self, base_object, &base, &base_bytes))
         return NULL;
     if (num_fields > MAX_FIELDS)
         return raise_status(SHML_E_INVAL, "measure");
-    CALL(shml_measure(self->seg.ring, self->seg.ring_bytes, refs, n, num_fields, measures));
+    CALL(shml_measure(base, base_bytes, refs, n, num_fields, measures));
     if (status != SHML_OK)
         return raise_on(&self->seg, status, "measure");
     PyObject *list = PyList_New((Py_ssize_t)num_fields);
@@ -730,11 +1109,13 @@ static int parse_op(PyObject *tuple, shml_gather_t *op, Py_buffer *out)
 
 static PyObject *segment_gather(Segment *self, PyObject *args)
 {
-    PyObject *object, *rows_object, *ops_object;
+    PyObject *object, *rows_object, *ops_object, *base_object = Py_None;
     const shml_ref_t *refs;
+    const uint8_t *base;
+    uint64_t base_bytes;
     uint32_t n;
-    if (!PyArg_ParseTuple(args, "OOO!", &object, &rows_object, &PyList_Type, &ops_object) ||
-        !parse_refs(object, &refs, &n) || !usable(self))
+    if (!PyArg_ParseTuple(args, "OOO!|O", &object, &rows_object, &PyList_Type, &ops_object, &base_object) ||
+        !parse_refs(object, &refs, &n) || !usable(self) || !parse_base(self, base_object, &base, &base_bytes))
         return NULL;
     const uint32_t *rows = NULL;
     if (rows_object != Py_None) {
@@ -755,8 +1136,7 @@ static PyObject *segment_gather(Segment *self, PyObject *args)
         parsed++;
     int status = SHML_OK;
     if (parsed == num_ops) {
-        Py_BEGIN_ALLOW_THREADS status =
-            shml_gather(self->seg.ring, self->seg.ring_bytes, refs, n, rows, ops, (uint32_t)num_ops);
+        Py_BEGIN_ALLOW_THREADS status = shml_gather(base, base_bytes, refs, n, rows, ops, (uint32_t)num_ops);
         Py_END_ALLOW_THREADS
     }
     for (Py_ssize_t i = 0; i < parsed; i++)
@@ -774,20 +1154,38 @@ static PyMethodDef segment_methods[] = {
     {"reap", (PyCFunction)segment_reap, METH_VARARGS, "reap(now) -> number of dead clients cleaned up after"},
     {"count", (PyCFunction)segment_count, METH_VARARGS, "count(role) -> living clients of that role"},
     {"clients", (PyCFunction)segment_clients, METH_NOARGS, "[(slot, pid, role)] of the clients"},
-    {"reserve", (PyCFunction)segment_reserve, METH_VARARGS, "reserve(id, num_bytes) -> ticket (offset, …) or a status"},
+    {"claim_rows", (PyCFunction)segment_claim_rows, METH_O, "claim_rows(ids u64) -> bytes: 1 where it is ours now"},
+    {"unclaim_rows", (PyCFunction)segment_unclaim_rows, METH_O, "unclaim_rows(ids u64): those that are still claimed"},
+    {"reserve", (PyCFunction)segment_reserve, METH_VARARGS,
+     "reserve(id, num_bytes, stamp, urgent) -> ticket (offset, …), (EXTEND, region, need_end) or a status"},
     {"commit", (PyCFunction)segment_commit, METH_VARARGS, "commit(ticket, record_status) -> status"},
     {"abort", (PyCFunction)segment_abort, METH_O, "abort(ticket) -> status"},
-    {"get_many", (PyCFunction)segment_get_many, METH_VARARGS, "get_many(ids u64, post) -> (refs, num_missing)"},
+    {"get_many", (PyCFunction)segment_get_many, METH_VARARGS,
+     "get_many(ids u64, flags, place) -> (refs, num_missing, pins, over_quota)"},
+    {"pinned_bytes", (PyCFunction)segment_pinned_bytes, METH_NOARGS, "Bytes of transit that this process has pinned."},
+    {"starved", (PyCFunction)segment_starved, METH_NOARGS, "Grows when what readers wait with is in the way."},
     {"wake_word", (PyCFunction)segment_wake_word, METH_NOARGS, "Read before get_many, for wait."},
     {"wait", (PyCFunction)segment_wait, METH_VARARGS, "wait(seen, timeout_ms): until a want was met, 100 ms at most"},
     {"work_word", (PyCFunction)segment_work_word, METH_NOARGS, "Read before claim, for work_wait."},
     {"work_wait", (PyCFunction)segment_work_wait, METH_VARARGS, "work_wait(seen, timeout_ms): until there may be work"},
-    {"have", (PyCFunction)segment_have, METH_VARARGS, "have(first, n) -> bitmap of the ids that are there"},
-    {"wanted", (PyCFunction)segment_wanted, METH_VARARGS, "wanted(first, n) -> ids that readers wait for"},
-    {"claim", (PyCFunction)segment_claim, METH_NOARGS, "claim() -> chunk or a status"},
-    {"finish", (PyCFunction)segment_finish, METH_VARARGS, "finish(chunk, broken) -> status"},
+    {"work_tell", (PyCFunction)segment_work_tell, METH_NOARGS, "Wake the services."},
+    {"look", (PyCFunction)segment_look, METH_VARARGS, "look(ids u64, stamp) -> bytes: ROW_* of each"},
+    {"wanted", (PyCFunction)segment_wanted, METH_VARARGS, "wanted(most) -> ids that readers wait for and nobody makes"},
+    {"chunk_look", (PyCFunction)segment_chunk_look, METH_O, "chunk_look(chunks u32) -> bytes: the state of each"},
+    {"chunk_claim", (PyCFunction)segment_chunk_claim, METH_VARARGS, "chunk_claim(chunk) -> status"},
+    {"chunk_end", (PyCFunction)segment_chunk_end, METH_VARARGS, "chunk_end(chunk, outcome) -> status"},
+    {"chunks_wanted", (PyCFunction)segment_chunks_wanted, METH_VARARGS, "chunks_wanted(most) -> [(chunk, rows)]"},
+    {"raw_release", (PyCFunction)segment_raw_release, METH_VARARGS, "raw_release(ring_fd) -> whether it was"},
+    {"count_fetched", (PyCFunction)segment_count_fetched, METH_VARARGS, "count_fetched(num_bytes)"},
+    {"count_decoding", (PyCFunction)segment_count_decoding, METH_VARARGS, "count_decoding(ns)"},
+    {"order_begin", (PyCFunction)segment_order_begin, METH_VARARGS,
+     "order_begin(seed, epoch, num_positions, kind, rank, world_size, drop_last) -> (slot, gen) or a status"},
+    {"order_end", (PyCFunction)segment_order_end, METH_VARARGS, "order_end(slot, gen) -> status"},
+    {"orders", (PyCFunction)segment_orders, METH_NOARGS, "The living orders, a tuple each."},
+    {"num_orders", (PyCFunction)segment_num_orders, METH_NOARGS, "How many orders live."},
     {"touch", (PyCFunction)segment_touch, METH_NOARGS, "Tell waiting readers that something moved."},
-    {"back", (PyCFunction)segment_back, METH_VARARGS, "back(ring_fd, need_end) -> (status, available, limited_by)"},
+    {"back", (PyCFunction)segment_back, METH_VARARGS,
+     "back(ring_fd, region, need_end) -> (status, available, limited_by)"},
     {"text_put", (PyCFunction)segment_text_put, METH_VARARGS, "text_put(which, text) -> status; the first wins"},
     {"text_get", (PyCFunction)segment_text_get, METH_VARARGS, "text_get(which) -> bytes or None"},
     {"epoch", (PyCFunction)segment_epoch, METH_VARARGS, "epoch([value]) -> the shared epoch"},
@@ -795,12 +1193,12 @@ static PyMethodDef segment_methods[] = {
     {"progress", (PyCFunction)segment_progress, METH_NOARGS, "A number that grows while anything moves."},
     {"mutex_holder", (PyCFunction)segment_mutex_holder, METH_NOARGS, "Thread id of the mutex's holder, 0: free."},
     {"check", (PyCFunction)segment_check, METH_NOARGS, "The invariant that does not hold, or None."},
-    {"count_reads", (PyCFunction)segment_count_reads, METH_O, "count_reads(refs) -> reads before this one, each"},
+    {"count_reads", (PyCFunction)segment_count_reads, METH_O, "count_reads(ids u64) -> reads before this one, each"},
     {"fields", (PyCFunction)segment_fields, METH_VARARGS,
-     "fields(offset, num_bytes, num_fields) -> [(offset, bytes, dims)]"},
+     "fields(offset, num_bytes, num_fields, base=None) -> [(offset, bytes, dims)]"},
     {"measure", (PyCFunction)segment_measure, METH_VARARGS,
-     "measure(refs, num_fields) -> [(min_dims, max_dims, absent)]"},
-    {"gather", (PyCFunction)segment_gather, METH_VARARGS, "gather(refs, rows, ops): fill a batch"},
+     "measure(refs, num_fields, base=None) -> [(min_dims, max_dims, absent)]"},
+    {"gather", (PyCFunction)segment_gather, METH_VARARGS, "gather(refs, rows, ops, base=None): fill a batch"},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot segment_slots[] = {
@@ -977,32 +1375,35 @@ static PyType_Spec batch_spec = {"shmloader._native.BatchRing", sizeof(BatchRing
 static PyObject *format_control(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     (void)module;
-    static char *names[] = {"control",    "ring_bytes", "resident_bytes", "num_records", "is_sequential",
-                            "first_rows", "num_rows",   "uuid",           "boot_id",     "pid_namespace",
-                            NULL};
+    static char *names[] = {
+        "control", "resident_bytes", "transit_bytes", "raw_bytes",     "num_records",  "first_rows",       "num_rows",
+        "units",   "uuid",           "boot_id",       "pid_namespace", "record_bytes", "raw_budget_bytes", NULL};
     PyObject *mapping;
-    unsigned long long ring_bytes, resident_bytes, num_records, pid_namespace;
-    int is_sequential;
-    Py_buffer first_rows, num_rows, uuid, boot_id;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKKpy*y*y*y*K", names, mapping_type, &mapping, &ring_bytes,
-                                     &resident_bytes, &num_records, &is_sequential, &first_rows, &num_rows, &uuid,
-                                     &boot_id, &pid_namespace))
+    unsigned long long resident_bytes, transit_bytes, raw_bytes, num_records, pid_namespace, record_bytes,
+        raw_budget_bytes;
+    Py_buffer first_rows, num_rows, units, uuid, boot_id;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKKKy*y*y*y*y*KKK", names, mapping_type, &mapping,
+                                     &resident_bytes, &transit_bytes, &raw_bytes, &num_records, &first_rows, &num_rows,
+                                     &units, &uuid, &boot_id, &pid_namespace, &record_bytes, &raw_budget_bytes))
         return NULL;
     int status = SHML_E_INVAL;
-    if (first_rows.len == 2 * num_rows.len && uuid.len == 16 && boot_id.len == 16) {
-        shml_config_t config = {.ring_bytes = ring_bytes,
-                                .resident_bytes = resident_bytes,
+    if (first_rows.len == 2 * num_rows.len && units.len == num_rows.len && uuid.len == 16 && boot_id.len == 16) {
+        shml_config_t config = {.resident_bytes = resident_bytes,
+                                .transit_bytes = transit_bytes,
+                                .raw_bytes = raw_bytes,
                                 .num_records = num_records,
                                 .num_chunks = (uint32_t)(num_rows.len / 4),
-                                .is_sequential = (uint32_t)is_sequential,
+                                .record_bytes = record_bytes,
+                                .raw_budget_bytes = raw_budget_bytes,
                                 .pid_namespace = pid_namespace};
         memcpy(config.uuid, uuid.buf, 16);
         memcpy(config.boot_id, boot_id.buf, 16);
         Mapping *m = (Mapping *)mapping;
-        status = shml_control_format(m->at, m->num_bytes, &config, first_rows.buf, num_rows.buf);
+        status = shml_control_format(m->at, m->num_bytes, &config, first_rows.buf, num_rows.buf, units.buf);
     }
     PyBuffer_Release(&first_rows);
     PyBuffer_Release(&num_rows);
+    PyBuffer_Release(&units);
     PyBuffer_Release(&uuid);
     PyBuffer_Release(&boot_id);
     return status == SHML_OK ? Py_NewRef(Py_None) : raise_status(status, "format");
@@ -1011,12 +1412,15 @@ static PyObject *format_control(PyObject *module, PyObject *args, PyObject *kwar
 static PyObject *control_bytes(PyObject *module, PyObject *args)
 {
     (void)module;
-    unsigned long long ring_bytes, num_records;
+    unsigned long long resident_bytes, transit_bytes, raw_bytes, num_records;
     unsigned int num_chunks;
-    if (!PyArg_ParseTuple(args, "KKI", &ring_bytes, &num_records, &num_chunks))
+    if (!PyArg_ParseTuple(args, "KKKKI", &resident_bytes, &transit_bytes, &raw_bytes, &num_records, &num_chunks))
         return NULL;
-    shml_config_t config = {
-        .ring_bytes = ring_bytes, .resident_bytes = ring_bytes, .num_records = num_records, .num_chunks = num_chunks};
+    shml_config_t config = {.resident_bytes = resident_bytes,
+                            .transit_bytes = transit_bytes,
+                            .raw_bytes = raw_bytes,
+                            .num_records = num_records,
+                            .num_chunks = num_chunks};
     uint64_t bytes = shml_control_bytes(&config);
     return bytes > 0 ? PyLong_FromUnsignedLongLong(bytes) : raise_status(SHML_E_INVAL, "control_bytes");
 }
@@ -1087,7 +1491,8 @@ static PyObject *set_exiting(PyObject *module, PyObject *unused)
 static PyMethodDef module_methods[] = {
     {"format_control", (PyCFunction)(void (*)(void))format_control, METH_VARARGS | METH_KEYWORDS,
      "Make a segment in a zeroed control mapping."},
-    {"control_bytes", control_bytes, METH_VARARGS, "control_bytes(ring_bytes, num_records, num_chunks) -> bytes"},
+    {"control_bytes", control_bytes, METH_VARARGS,
+     "control_bytes(resident, transit, raw, num_records, num_chunks) -> bytes"},
     {"format_batch", format_batch, METH_VARARGS, "format_batch(mapping, budget_bytes)"},
     {"memory", memory, METH_VARARGS, "memory([root]) -> (total, available, limited_by)"},
     {"byte_holder", byte_holder, METH_VARARGS, "byte_holder(fd, offset) -> pid that holds this byte, or 0"},
@@ -1123,18 +1528,41 @@ static int add_constants(PyObject *module)
         {"ERROR", SHML_REF_ERROR},
         {"MISSING", SHML_REF_MISSING},
         {"BROKEN", SHML_REF_BROKEN},
+        {"ASIDE", SHML_REF_ASIDE},
+        {"GET_POST", SHML_GET_POST},
+        {"GET_TAKE", SHML_GET_TAKE},
+        {"ROW_MISSING", SHML_ROW_MISSING},
+        {"ROW_SUSPECT", SHML_ROW_SUSPECT},
+        {"ROW_WORK", SHML_ROW_WORK},
+        {"ROW_TRANSIT", SHML_ROW_TRANSIT},
+        {"ROW_FINAL", SHML_ROW_FINAL},
+        {"CHUNK_TODO", SHML_CHUNK_TODO},
+        {"CHUNK_CLAIMED", SHML_CHUNK_CLAIMED},
+        {"CHUNK_DONE", SHML_CHUNK_DONE},
+        {"CHUNK_BROKEN", SHML_CHUNK_BROKEN},
+        {"CHUNK_STAYS", SHML_CHUNK_STAYS},
+        {"CHUNK_HAS_RAW", SHML_CHUNK_HAS_RAW},
+        {"FETCH_GIVEN_UP", SHML_FETCH_GIVEN_UP},
+        {"FETCH_OK", SHML_FETCH_OK},
+        {"FETCH_BROKEN", SHML_FETCH_BROKEN},
+        {"RESIDENT", SHML_RESIDENT},
+        {"TRANSIT", SHML_TRANSIT},
+        {"RAW_REGION", SHML_RAW_REGION},
+        {"NO_ORDER", SHML_NO_ORDER},
+        {"RAW", (long long)SHML_RAW},
         {"TEXT_SCHEMA", SHML_TEXT_SCHEMA},
         {"TEXT_FATAL", SHML_TEXT_FATAL},
+        {"TEXT_MEMORY", SHML_TEXT_MEMORY},
+        {"TEXT_REFETCH", SHML_TEXT_REFETCH},
         {"TEXT_BYTES", SHML_TEXT_BYTES},
         {"COPY", SHML_COPY},
         {"NORMALIZE", SHML_NORMALIZE},
         {"MASK", SHML_MASK},
-        {"PRESENT", SHML_PRESENT},
-        {"SOURCE", SHML_SOURCE},
         {"REF_BYTES", sizeof(shml_ref_t)},
         {"TICK_MS", SHML_TICK_MS},
         {"MAX_ATTEMPTS", SHML_MAX_ATTEMPTS},
         {"MAX_CLIENTS", SHML_MAX_CLIENTS},
+        {"MAX_WANTS", SHML_MAX_WANTS},
     };
     for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) {
         PyObject *value = PyLong_FromLongLong(constants[i].value);
@@ -1170,6 +1598,7 @@ PyMODINIT_FUNC PyInit__native(void)
         return NULL;
     if (add_type(module, &mapping_spec, &mapping_type, "Mapping") != 0 ||
         add_type(module, &view_spec, &view_type, "View") != 0 ||
+        add_type(module, &pins_spec, &pins_type, "Pins") != 0 ||
         add_type(module, &segment_spec, &segment_type, "Segment") != 0 ||
         add_type(module, &batch_spec, &batch_type, "BatchRing") != 0 || add_constants(module) != 0) {
         Py_DECREF(module);

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,6 +30,10 @@ from shmloader.views import Part, Sample, WorkerBatch, tensor_over, torch_dtype
 
 #: One tensor of a batch: name, native op, index of the field, the field, dtype, shape of one sample's place.
 Output = tuple[str, int, int, Field, torch.dtype, tuple[int, ...]]
+
+#: Records of one batch that lie in the same memory: their references, their rows in the batch (None: 0, 1, …), and the
+#: memory: the ring, or copies of this process.
+Group = tuple[bytes, bytes | None, native.Mapping]
 
 #: What every sample has beside its fields, the same in all of a dataset.
 _STRINGS = ("task_type", "source")
@@ -53,7 +58,7 @@ def collate(samples: Sequence[dict[str, Any]], *, collate_fn_map: Any = None) ->
     else:
         schema = next((s._attachment.schema for s in samples if isinstance(s, Sample) and s._attachment), None)
         names = _common_names(samples, None)
-        gathering = _Gathering(None, b"", ())
+        gathering = _Gathering(None, (), ())
     gathered = {field.name for _, _, _, field, _, _ in gathering.outputs}
     batch: dict[str, Any] = {}
     for name in names:
@@ -99,10 +104,10 @@ def _common_names(samples: Sequence[dict[str, Any]], schema: Schema | None) -> t
 
 @dataclass(frozen=True)
 class _Gathering:
-    """What the core is to gather: the references of the records, packed, and the tensors to make of them."""
+    """What the core is to gather: the records, by the memory that they lie in, and the tensors to make of them."""
 
     attachment: Attachment | None
-    packed: bytes
+    groups: tuple[Group, ...]
     outputs: tuple[Output, ...]
 
     def run(self, outs: Sequence[Any]) -> None:
@@ -112,42 +117,52 @@ class _Gathering:
                 (op, index, *_op_constants(field, shape), out)
                 for (_, op, index, field, _, shape), out in zip(self.outputs, outs, strict=True)
             ]
-            self.attachment.ring.segment.gather(self.packed, None, ops)
+            for packed, rows, base in self.groups:
+                self.attachment.ring.segment.gather(packed, rows, ops, base)
 
 
 def _gathering(
     attachment: Attachment, records: Sequence[Sample], touched: Sequence[Sample], names: tuple[str, ...]
 ) -> _Gathering:
     """All fields that still are the records' and fit side by side; their masks, unless the user has some."""
-    schema, packed = attachment.schema, _packed(records)
+    schema, groups = attachment.schema, _groups(records)
     kept = tuple(
         field.name
         for field in schema.fields
         if field.name in names and not field.is_text and all(sample.is_view(field.name) for sample in touched)
     )
-    places = _places(schema, attachment.ring.segment, packed)
-    return _Gathering(attachment, packed, _outputs(schema, kept, places, names))
+    places = _places(schema, attachment.ring.segment, groups)
+    return _Gathering(attachment, groups, _outputs(schema, kept, places, names))
 
 
-def _packed(records: Sequence[Sample]) -> bytes:
-    """The references of the records in a row: those of one look-up at once, if that is what they are."""
+def _groups(records: Sequence[Sample]) -> tuple[Group, ...]:
+    """The records by the memory that they lie in; mostly those of one look-up at once, which are one group."""
     refs = records[0]._refs
     assert refs is not None
     if len(refs) == len(records) and all(s._refs is refs and s._index == i for i, s in enumerate(records)):
-        return refs.packed
-    return b"".join(s._refs.one(s._index) for s in records if s._refs is not None)
+        return ((refs.packed, None, refs.base),)
+    found: dict[int, tuple[native.Mapping, list[bytes], list[int]]] = {}
+    for row, sample in enumerate(records):
+        assert sample._refs is not None
+        base = sample._refs.base
+        _, packed, rows = found.setdefault(id(base), (base, [], []))
+        packed.append(sample._refs.one(sample._index))
+        rows.append(row)
+    return tuple((b"".join(packed), array("I", rows).tobytes(), base) for base, packed, rows in found.values())
 
 
-def _places(schema: Schema, segment: Any, packed: bytes) -> tuple[tuple[int, ...] | None, ...]:
+def _places(schema: Schema, segment: Any, groups: Sequence[Group]) -> tuple[tuple[int, ...] | None, ...]:
     """The place that each field's value takes in the batch; None for one whose values do not fit side by side."""
     if all(None not in field.shape for field in schema.fields):
         return tuple(tuple(n for n in field.shape if n is not None) for field in schema.fields)
+    measured = [segment.measure(packed, len(schema.fields), base) for packed, _, base in groups]
     places: list[tuple[int, ...] | None] = []
-    for field, (least, most, absent) in zip(schema.fields, segment.measure(packed, len(schema.fields)), strict=True):
+    for index, field in enumerate(schema.fields):
         rank = len(field.shape)
-        low, high = least[:rank], most[:rank]
+        low = tuple(map(min, zip(*(group[index][0][:rank] for group in measured), strict=True)))
+        high = tuple(map(max, zip(*(group[index][1][:rank] for group in measured), strict=True)))
         fits = low == high or (low[1:] == high[1:] and field.pad is not None)
-        places.append(high if fits and not absent else None)
+        places.append(high if fits and not any(group[index][2] for group in measured) else None)
     return tuple(places)
 
 

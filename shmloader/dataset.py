@@ -5,36 +5,30 @@ from __future__ import annotations
 import logging
 import operator
 import os
-import random
-import threading
 import weakref
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 import shmloader._native as native
 from shmloader.collate import collate
 from shmloader.config import MultimodalConfig
 from shmloader.errors import ClosedError, OptionError
-from shmloader.options import DEFAULT_RING_SHARE, ByteSize, Options, parse_size
-from shmloader.prefetch.launch import SetFiles, start_set
-from shmloader.prefetch.payload import Work, write
+from shmloader.opening import close_set, open_set
+from shmloader.options import Options
+from shmloader.order import Kind, Order
+from shmloader.prefetch.payload import Work
 from shmloader.processors.text import check_tokenizer
-from shmloader.reader import Reader
-from shmloader.ring import RingFiles, memory_limits
+from shmloader.sampler import ShmSampler
+from shmloader.seeding import seeded
 from shmloader.sources.base import SourceRequest
 from shmloader.stats import Stats
-from shmloader.tokens import batch_ring, join, known_files, open_batch_ring, trim_batch_ring
+from shmloader.tokens import batch_ring, join, known_files
 from shmloader.views import Sample
 
 log = logging.getLogger("shmloader")
-
-#: Bytes that the datasets of this process which took the default size need at most, by the set's uuid.
-_default_rings: dict[str, int] = {}
 
 
 class ShmMultimodalDataset(Dataset[dict[str, Any]]):
@@ -53,7 +47,8 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
         dataset_name: a Hub id, a local folder or file, or an already loaded ``datasets`` object.
         transform: called in the reading process on every read with a dict of private copies; returns a dict. Its
             random numbers (``random``, numpy's and torch's global generators) are seeded by (seed, epoch, sample).
-        process: called once per row in a prefetch process, in place of the built-in decoding: takes the row as a dict
+        process: called in a prefetch process when a row is decoded (once, where all samples fit the ring), in
+            place of the built-in decoding: takes the row as a dict
             (images as ``{"bytes", "path"}``), returns a dict of arrays, tensors, numbers or strings; cached.
         columns: which columns to use, as {"text" | "image" | "labels": column}; None: recognise them.
         load: passed on to ``datasets`` (name, revision, token, data_files, …).
@@ -68,8 +63,8 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
     Raises:
         DatasetNotFoundError, SplitNotFoundError, EmptyDatasetError, ColumnError: at once.
         OptionError: a bad argument or environment variable.
-        RingFullError: the samples need more than the ring; at once where their size is known, else from the reads
-            of those that found no room.
+        RingTooSmallError, RecordTooLargeError: the ring cannot hold the samples that are worked on at once; at once
+            where their size is known, else from the reads of those that found no room.
     """
 
     def __init__(
@@ -110,8 +105,8 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
         self.transform = transform
         self.writable = writable
         self.seed = operator.index(seed)
-        self._reader = _start(work, options)
-        self._closer = weakref.finalize(self, _close, self._reader, os.getpid())
+        self._reader = open_set(work, options)
+        self._closer = weakref.finalize(self, close_set, self._reader, os.getpid())
         self._closer.atexit = False  # the process's end is noticed without us
         _show_log(options.log)
         for notice in self._reader.plan.source.notices:
@@ -138,7 +133,7 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
         if self.transform is None:
             return [Sample.over(attachment, refs, i, self.writable) for i in range(len(rows))]
         epoch = attachment.ring.segment.epoch()
-        epochs = [epoch - 1] * len(rows) if epoch else attachment.ring.segment.count_reads(refs.packed)
+        epochs = [epoch - 1] * len(rows) if epoch else attachment.ring.segment.count_reads(array("Q", rows))
         samples = (Sample.over(attachment, refs, i, writable=True) for i in range(len(rows)))
         return [self._transformed(s, row, epoch) for s, row, epoch in zip(samples, rows, epochs, strict=True)]
 
@@ -154,7 +149,7 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
 
     def _transformed(self, sample: Sample, row: int, epoch: int) -> Sample:
         assert self.transform is not None
-        with _seeded(self.seed, epoch, row):
+        with seeded(self.seed, epoch, row):
             try:
                 result = self.transform(dict(sample))
             except Exception as error:
@@ -170,6 +165,56 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
         made = Sample(result)
         made._attachment = sample._attachment  # for the padding that the schema says
         return made
+
+    # -- its order -------------------------------------------------------------------------------------
+
+    def sampler(
+        self,
+        shuffle: bool = True,
+        seed: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+        drop_last: bool = False,
+    ) -> ShmSampler:
+        """A sampler for ``DataLoader(dataset, sampler=…)`` whose order the prefetchers know and work ahead in.
+
+        The order depends on the data, ``seed`` and the epoch, and on nothing else where all samples fit the ring: it
+        is uniform then. Else it also depends on ``window_bytes``: chunks of the source are shuffled, and within a
+        window of them the rows (docs/order.md tells how well that mixes).
+
+        shuffle: else in the source's order. rank, world_size: every world_size-th position from rank on, for
+        training with several processes; None: the whole order, whatever the environment says (accelerate and
+        Lightning shard by themselves). drop_last: drop the positions that not every rank gets one of; else the order
+        goes on from its beginning until they do.
+
+        Raises:
+            OptionError: only one of rank and world_size is given, or they do not go together.
+        """
+        if (rank is None) != (world_size is None):
+            raise OptionError(
+                f"rank={rank} and world_size={world_size} must both be given, or neither",
+                name="rank" if rank is None else "world_size",
+                value="None",
+                allowed="a whole number",
+            )
+        ring = self._reader.attach()
+        kind = Kind.SEQUENTIAL if not shuffle else Kind.WINDOWED if ring.has_transit else Kind.UNIFORM
+        plan, chunks = self._reader.plan, self._reader.plan.chunks()
+
+        def make(epoch: int) -> Order:
+            return Order(
+                chunks,
+                kind,
+                seed=operator.index(seed) & (1 << 64) - 1,  # as many bits as cross to the prefetchers
+                epoch=epoch,
+                rank=rank or 0,
+                world_size=1 if world_size is None else world_size,
+                drop_last=drop_last,
+                window_bytes=plan.window_bytes,
+            )
+
+        make(0)  # what is wrong shows now
+        return ShmSampler(make, self._reader.begin_order, self.set_epoch)
 
     # -- around it -------------------------------------------------------------------------------------
 
@@ -228,11 +273,16 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
         return Stats(
             num_rows=len(self),
             samples_ready=raw["num_ready"],
-            samples_bad=raw["num_errors"],
+            samples_bad=raw["num_errors"] + raw["num_aside"],
             commits=raw["num_commits"],
-            ring_bytes=raw["ring_bytes"],
-            ring_backed_bytes=raw["backed_bytes"],
-            ring_used_bytes=raw["used_bytes"],
+            decoding_s=raw["decoding_ns"] / 1e9,
+            samples_read=raw["num_reads"],
+            fetched_bytes=raw["fetched_bytes"],
+            ring_bytes=raw["resident_bytes"] + raw["transit_bytes"],
+            ring_backed_bytes=raw["resident_backed_bytes"] + raw["transit_backed_bytes"],
+            ring_used_bytes=raw["resident_used_bytes"] + raw["transit_used_bytes"],
+            transit_bytes=raw["transit_bytes"],
+            encoded_bytes=raw["raw_used_bytes"],
             prefetchers=max(0, len(services) - 1),
             service_pids=services,
             num_workers=raw["num_workers"],
@@ -287,51 +337,8 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
         join(state.pop("batch_ring"))
         self.transform = pickle.loads(state.pop("transform"))
         self.__dict__.update(state)
-        self._closer = weakref.finalize(self, _close, self._reader, os.getpid())
+        self._closer = weakref.finalize(self, close_set, self._reader, os.getpid())
         self._closer.atexit = False
-
-
-def _start(work: Work, options: Options) -> Reader:
-    size = _ring_size(options)
-    ring_files = RingFiles.create(size)
-    head = {
-        "uuid": ring_files.uuid,
-        "num_prefetchers": options.num_prefetchers(),
-        "log": options.log,
-    }
-    fds: list[int] = []
-    reader: Reader | None = None
-    try:
-        fds.append(write(work, head))
-        fds.append(os.memfd_create("shmloader-plan", os.MFD_CLOEXEC))
-        files = SetFiles(ring_files, *fds)
-        plan = start_set(files)
-        open_batch_ring()
-        reader = Reader(files, plan, options.timeout_s)
-        reader.attach()
-    except BaseException:
-        if reader is not None:
-            reader.close()  # it may have entered the set
-        else:
-            for fd in (*ring_files.fds, *fds):
-                os.close(fd)
-        raise
-    if options.ring_bytes is None:
-        record_bytes = plan.schema.record_bytes() if plan.schema is not None else None
-        # Where the samples' sizes are not known yet, leave as much to the datasets that come after.
-        _default_rings[ring_files.uuid] = size // 2 if record_bytes is None else record_bytes * plan.source.num_rows
-    return reader
-
-
-def _ring_size(options: Options) -> int:
-    """Bytes of the ring: what was asked for, else what is left of a quarter of the smallest memory limit."""
-    limit, _, _ = memory_limits()
-    if options.ring_bytes is not None:
-        size = parse_size(options.ring_bytes).resolve(limit)
-    else:
-        whole = ByteSize(share=DEFAULT_RING_SHARE).resolve(limit)
-        size = max(whole - sum(_default_rings.values()), whole // 8)
-    return max(4096, size // 4096 * 4096)
 
 
 def _show_log(level: str) -> None:
@@ -341,32 +348,3 @@ def _show_log(level: str) -> None:
         logger.setLevel(level)
         if not logger.hasHandlers():
             logger.addHandler(logging.StreamHandler())
-
-
-def _close(reader: Reader, pid: int) -> None:
-    if os.getpid() == pid:
-        _default_rings.pop(reader.files.ring.uuid, None)
-        reader.close()
-        trim_batch_ring()
-
-
-@contextmanager
-def _seeded(seed: int, epoch: int, row: int) -> Iterator[None]:
-    """Seed the global generators of random, numpy and torch for one transform; put them back after."""
-    words = np.random.SeedSequence((seed, epoch, row)).generate_state(2)
-    with _generators:
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        try:
-            random.seed(int(words[0]))
-            np.random.seed(int(words[0]))
-            torch.default_generator.manual_seed(int(words[1]))  # torch.manual_seed would seed all devices
-            yield
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])
-
-
-_generators = threading.RLock()  # RLock: a transform may read another dataset that has one
-# Another thread of the parent may have held it when this process was forked.
-os.register_at_fork(after_in_child=lambda: globals().update(_generators=threading.RLock()))

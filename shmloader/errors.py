@@ -15,7 +15,7 @@ Tree::
     │   ├── DecodeError        its bytes are not what they should be
     │   └── ProcessError       the user's ``process`` failed or returned nonsense
     ├── RingError              the shared memory
-    │   ├── RingFullError, RecordTooLargeError, MemoryLimitError
+    │   ├── RingTooSmallError, RecordTooLargeError, MemoryLimitError
     │   └── PoisonedError      its state cannot be trusted any more
     ├── ServiceError           a supervisor or prefetcher cannot do its work
     ├── WaitTimeoutError       a reader waited and nothing moved
@@ -96,12 +96,12 @@ class RingError(ShmloaderError):
     """The shared memory cannot do what was asked."""
 
 
-class RingFullError(RingError):
-    """The data is larger than the ring. Attributes: needed_bytes, have_bytes, variable."""
+class RingTooSmallError(RingError):
+    """The ring cannot hold what is worked on at once. Attributes: needed_bytes, have_bytes, variable."""
 
 
 class RecordTooLargeError(RingError):
-    """One sample is larger than the ring. Attributes: needed_bytes, have_bytes."""
+    """One sample is larger than the room for it. Attributes: needed_bytes, have_bytes, variable."""
 
 
 class MemoryLimitError(RingError, MemoryError):
@@ -142,19 +142,6 @@ def _rebuild(kind: type[ShmloaderError], message: str, data: dict[str, Any], rem
     if remote:
         error.__cause__ = RemoteTraceback(remote)
     return error
-
-
-def ring_full(needed_bytes: int, have_bytes: int, num_ready: int) -> RingFullError:
-    """The error of data that is larger than the ring; ``num_ready`` samples had found room."""
-    full = f" (full after {num_ready:,} samples)" if num_ready else ""
-    return RingFullError(
-        f"The data does not fit into the ring: about {needed_bytes:,} bytes are needed, the ring has "
-        f"{have_bytes:,}{full}. Set SHMLOADER_RING_BYTES={-(-needed_bytes >> 20)}MiB "
-        "or more (or Options.ring_bytes).",
-        needed_bytes=needed_bytes,
-        have_bytes=have_bytes,
-        variable="SHMLOADER_RING_BYTES",
-    )
 
 
 def to_wire(error: BaseException) -> dict[str, Any]:

@@ -18,6 +18,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 #: Least, most, and how that is told.
 _PREFETCHERS = (1, 64, "a whole number from 1 to 64")
+_SAMPLES = (1, 1 << 30, "a whole number of samples from 1 up")
 _TIMEOUT_S = (1e-3, 1e9, "a number of seconds from 0.001 to 1e9")
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
@@ -29,6 +30,11 @@ DEFAULT_RING_SHARE = 0.25
 #: A reader gives up after this long without any progress of the prefetchers (guessed: longer than the
 #: slowest request of a Hub that still answers).
 DEFAULT_TIMEOUT_S = 120.0
+#: Encoded bytes of the chunks that are shuffled among one another where the data does not fit the ring: 2,600 JPEGs
+#: of 100 KB, which mix as well as a shuffle buffer of 1,000 samples does (measured: `python -m bench order`).
+DEFAULT_WINDOW = "256MiB"
+#: Of the free space of the disk, for encoded chunks that would be fetched again (guessed).
+DEFAULT_SPILL = "10%"
 #: More prefetchers than this rarely help: decoding saturates the memory bandwidth first (guessed).
 MAX_DEFAULT_PREFETCHERS = 8
 
@@ -50,24 +56,47 @@ class ByteSize:
         return int(limit_bytes * self.share)
 
 
-def parse_size(text: str | int, name: str = "size") -> ByteSize:
+@dataclass(frozen=True)
+class SizeKind:
+    """Which sizes make sense. share_of: what a percentage is of; None: there are none. least: in bytes."""
+
+    share_of: str | None
+    least: int = 1
+    why_no_share: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """In words."""
+        share = f", not a share of memory: {self.why_no_share}"
+        if self.share_of:
+            share = f', or a share of {self.share_of} ("25%")'
+        return f'bytes, or a number with a unit ("512MiB", "2GB"){share}; from {self.least} to 64 TiB'
+
+
+_MEMORY = SizeKind("memory")
+_WINDOW = SizeKind(None, why_no_share="the order would differ from machine to machine")
+_SPILL = SizeKind("the free disk space", least=0)
+
+
+def parse_size(text: str | int, name: str = "size", kind: SizeKind = _MEMORY) -> ByteSize:
     """The amount that ``text`` names: an int or "1073741824", "512MiB", "2GB", "25%".
 
     Raises:
         OptionError: it is none of these, or not positive; names ``name``.
     """
-    allowed = 'bytes, or a number with a unit ("512MiB", "2GB"), or a share of memory ("25%"), at most 64 TiB'
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*|%)\s*", str(text), re.ASCII)
-    if match and not isinstance(text, float):
+    if match and not isinstance(text, float | bool):
         number, unit = float(match[1]), match[2].upper()
-        if unit == "%" and 0 < number <= 100:
+        if unit == "%" and 0 < number <= 100 and kind.share_of is not None:
             return ByteSize(share=number / 100)
-        if unit in _UNITS and 1 <= number * _UNITS[unit] <= MAX_BYTES:
+        if unit in _UNITS and kind.least <= number * _UNITS[unit] <= MAX_BYTES:
             return ByteSize(num_bytes=int(number * _UNITS[unit]))
-    raise _bad(name, text, allowed)
+    raise _bad(name, text, kind.allowed)
 
 
 _ENV_PREFETCHERS = ("SHMLOADER_PREFETCHERS", int, _PREFETCHERS)
+_ENV_IN_FLIGHT = ("SHMLOADER_IN_FLIGHT", int, _SAMPLES)
+_ENV_AHEAD = ("SHMLOADER_AHEAD", int, _SAMPLES)
 _ENV_TIMEOUT = ("SHMLOADER_TIMEOUT_S", float, _TIMEOUT_S)
 
 
@@ -77,13 +106,33 @@ class Options:
 
     ring_bytes: size of the ring; None: a quarter of the smallest memory limit, for all datasets of the
         process together. ``SHMLOADER_RING_BYTES``
+    in_flight: samples that all readers together work on at once: workers × batch size; None: 512, less where
+        the ring is small. ``SHMLOADER_IN_FLIGHT``
+    ahead: samples that are decoded ahead of the readers where the data does not fit the ring; None: 256.
+        ``SHMLOADER_AHEAD``
+    window_bytes: encoded bytes of the chunks that are shuffled among one another where the data does not fit the
+        ring; twice that is kept in memory. Another value is another order. ``SHMLOADER_WINDOW_BYTES``
+    spill_bytes: encoded chunks of a dataset that does not fit the ring, where fetching them again would cost: those
+        of a Hub, and those read in an order that is not known. Kept on local disk up to this size: bytes, or a share of
+        the space that is free ("10%", the default); 0: not at all. ``SHMLOADER_SPILL_BYTES``
+    spill_dir: the folder of that file, which has no name and is gone with the processes; None: the system's
+        temporary folder (``TMPDIR``) or, where that is in memory, ``~/.cache/shmloader``. ``SHMLOADER_SPILL_DIR``
     prefetchers: number of prefetch processes; None: one a core, 8 at most. ``SHMLOADER_PREFETCHERS``
     timeout_s: a reader that waits this long without any progress of the prefetchers raises
         `WaitTimeoutError`. ``SHMLOADER_TIMEOUT_S``
     log: the least level that the services write to stderr. ``SHMLOADER_LOG``
     """
 
-    ring_bytes: int | str | None = field(default_factory=lambda: _env_ring(os.environ))
+    ring_bytes: int | str | None = field(default_factory=lambda: _env_size(os.environ, "SHMLOADER_RING_BYTES"))
+    in_flight: int | None = field(default_factory=lambda: _number(os.environ, *_ENV_IN_FLIGHT))
+    ahead: int | None = field(default_factory=lambda: _number(os.environ, *_ENV_AHEAD))
+    window_bytes: int | str = field(
+        default_factory=lambda: _env_size(os.environ, "SHMLOADER_WINDOW_BYTES", _WINDOW) or DEFAULT_WINDOW
+    )
+    spill_bytes: int | str = field(
+        default_factory=lambda: _env_size(os.environ, "SHMLOADER_SPILL_BYTES", _SPILL) or DEFAULT_SPILL
+    )
+    spill_dir: str | None = field(default_factory=lambda: os.environ.get("SHMLOADER_SPILL_DIR") or None)
     prefetchers: int | None = field(default_factory=lambda: _number(os.environ, *_ENV_PREFETCHERS))
     timeout_s: float = field(default_factory=lambda: _number(os.environ, *_ENV_TIMEOUT) or DEFAULT_TIMEOUT_S)
     log: str = field(default_factory=lambda: _env_log(os.environ))
@@ -91,6 +140,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.ring_bytes is not None:
             parse_size(self.ring_bytes, "ring_bytes")
+        parse_size(self.window_bytes, "window_bytes", _WINDOW)
+        parse_size(self.spill_bytes, "spill_bytes", _SPILL)
+        for name in ("in_flight", "ahead"):
+            value = getattr(self, name)
+            _check(name, 1 if value is None else value, int, _SAMPLES)
         _check("prefetchers", 1 if self.prefetchers is None else self.prefetchers, int, _PREFETCHERS)
         _check("timeout_s", self.timeout_s, int | float, _TIMEOUT_S)
         if self.log not in _LOG_LEVELS:
@@ -106,7 +160,12 @@ class Options:
         """
         env = os.environ if environ is None else environ
         return cls(
-            ring_bytes=_env_ring(env),
+            ring_bytes=_env_size(env, "SHMLOADER_RING_BYTES"),
+            in_flight=_number(env, *_ENV_IN_FLIGHT),
+            ahead=_number(env, *_ENV_AHEAD),
+            window_bytes=_env_size(env, "SHMLOADER_WINDOW_BYTES", _WINDOW) or DEFAULT_WINDOW,
+            spill_bytes=_env_size(env, "SHMLOADER_SPILL_BYTES", _SPILL) or DEFAULT_SPILL,
+            spill_dir=env.get("SHMLOADER_SPILL_DIR") or None,
             prefetchers=_number(env, *_ENV_PREFETCHERS),
             timeout_s=_number(env, *_ENV_TIMEOUT) or DEFAULT_TIMEOUT_S,
             log=_env_log(env),
@@ -119,10 +178,10 @@ class Options:
         return max(1, min(len(os.sched_getaffinity(0)), MAX_DEFAULT_PREFETCHERS))
 
 
-def _env_ring(env: Mapping[str, str]) -> str | None:
-    text = env.get("SHMLOADER_RING_BYTES") or None
+def _env_size(env: Mapping[str, str], name: str, kind: SizeKind | None = None) -> str | None:
+    text = env.get(name) or None
     if text is not None:
-        parse_size(text, "SHMLOADER_RING_BYTES")
+        parse_size(text, name, kind or _MEMORY)
     return text
 
 

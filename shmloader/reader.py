@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import os
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import reduction
@@ -12,9 +15,12 @@ from typing import Any
 
 import shmloader._native as native
 from shmloader.errors import ClosedError, PoisonedError
+from shmloader.files import SHOWN_BYTE, RingFiles
+from shmloader.live_orders import LiveOrder, LivingOrders
+from shmloader.order import Order
 from shmloader.prefetch.launch import SetFiles, ensure_supervisor
 from shmloader.prefetch.plan import SetPlan, read_plan
-from shmloader.ring import Refs, Ring, RingFiles
+from shmloader.ring import Refs, Ring
 from shmloader.sample import Schema
 
 _ADVICE = (
@@ -51,6 +57,8 @@ class Reader:
         self.is_closed = False
         self._ring: Ring | None = None
         self._attachment: Attachment | None = None
+        self._orders = LivingOrders(plan)
+        self._shown: set[int] = set()
 
     def attach(self) -> Ring:
         """The attachment of this process, made now if there is none or it was inherited."""
@@ -74,7 +82,8 @@ class Reader:
     def get(self, rows: Sequence[int]) -> tuple[Attachment, Refs]:
         """Where the records of ``rows`` lie; waits for them. Raises as `Ring.get_many`."""
         ring = self.attach()
-        refs = ring.get_many(rows, self.timeout_s, self._tick, self.plan.describe)
+        place = self._orders.place_of(ring, rows) if ring.has_transit and ring.segment.num_orders() else None
+        refs = ring.get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
         attachment = self._attachment
         if attachment is None or attachment.ring is not ring:
             with _attaching:
@@ -82,6 +91,11 @@ class Reader:
                 if attachment is None or attachment.ring is not ring:
                     attachment = self._attachment = Attachment(ring, self._schema(ring))
         return attachment, refs
+
+    def begin_order(self, order: Order, epoch: int) -> LiveOrder | None:
+        """Have the prefetchers follow ``order``; None: they follow as many as they can, or need not follow any."""
+        ring = self.attach()
+        return LiveOrder.begin(ring, order, epoch) if ring.has_transit else None
 
     def close(self) -> None:
         """Leave the set and close its files; the services end with the last owner. Views stay valid."""
@@ -100,6 +114,21 @@ class Reader:
         if self.is_closed:  # by another thread: its descriptors may be another file's by now
             raise self._closed()
         ensure_supervisor(self.files)
+        ring = self._ring
+        if ring is not None:
+            for which in (native.TEXT_MEMORY, native.TEXT_REFETCH):
+                self._show(ring, which)
+
+    def _show(self, ring: Ring, which: int) -> None:
+        """Show a warning of the services, once in all processes of the set."""
+        if which in self._shown or (text := ring.segment.text_get(which)) is None:
+            return
+        self._shown.add(which)
+        try:  # who has the byte has shown it, or is about to
+            fcntl.lockf(self.files.ring.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, SHOWN_BYTE + which)
+        except (BlockingIOError, PermissionError):
+            return
+        warnings.warn(json.loads(text)["message"], stacklevel=2)
 
     def _schema(self, ring: Ring) -> Schema:
         if self.plan.schema is not None:

@@ -1,130 +1,54 @@
-"""The Python face of the shared-memory core: make, attach, put, get_many.
+"""One process's attachment to a set: get_many finds the records of a batch, and waits for what is missing.
 
-A *set* is what the processes around one dataset share: three memfds (control, ring, lock). `RingFiles` is what
-travels between processes; `Ring` is one process's attachment. Nothing here knows where rows come from or
-what torch is.
+Resident records stay where they are. What lies in transit gives way to other records, so a look-up *pins* it: in
+the same critical section, for as long as its `Refs` (or a view made of them) lives. Nobody sleeps with pins: what a
+reader that waits for the rest of a batch has found is kept for it until it is in the way of others, and then it copies
+that out; who holds more than its share of transit gets copies as well.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
 import json
 import os
+import struct
 import threading
 import time
-import uuid as uuid_module
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from typing import Any
 
 import shmloader._native as native
-from shmloader.errors import (
-    MemoryLimitError,
-    PoisonedError,
-    RecordTooLargeError,
-    RingError,
-    ServiceError,
-    ShmloaderError,
-    WaitTimeoutError,
-    from_wire,
-    ring_full,
-    to_json,
-)
+from shmloader.errors import ServiceError, ShmloaderError, WaitTimeoutError, from_wire
+from shmloader.files import RingFiles, boot_id, pid_namespace
 
-PAGE = 4096
-#: Records begin and end at multiples of it: SHML_ALIGN in native/layout.h.
-ALIGNMENT = 64
-#: Bytes of the lock inode beyond the clients': who holds them is the supervisor, is starting one, or made the set.
-SUPERVISOR_BYTE = 1 << 20
-STARTER_BYTE = SUPERVISOR_BYTE + 1
-CREATOR_BYTE = SUPERVISOR_BYTE + 2
+#: Which positions of an order a look-up is for: (order, generation, begin, end).
+Place = tuple[int, int, int, int]
 
 # Only the exit of the interpreter ends all users of a mapping; no deallocation may unmap before that.
 atexit.register(native.set_exiting)
 
 
-def boot_id() -> bytes:
-    """The 16 bytes that name this boot of the machine (proc(5), /proc/sys/kernel/random/boot_id)."""
-    return uuid_module.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip()).bytes
-
-
-def pid_namespace() -> int:
-    """The inode that names this process's PID namespace (namespaces(7))."""
-    return Path("/proc/self/ns/pid").stat().st_ino
-
-
-@dataclass(frozen=True)
-class RingFiles:
-    """The open files of a set, valid in this process; closed by whoever made them (`close`)."""
-
-    uuid: str
-    control_fd: int
-    ring_fd: int
-    lock_fd: int
-
-    @classmethod
-    def create(cls, ring_bytes: int) -> RingFiles:
-        """Make the memfds of a new set, the control still empty (see `format_control`)."""
-        name = str(uuid_module.uuid4())
-        fds: list[int] = []
-        try:
-            for part in ("control", "ring", "lock"):
-                fds.append(_memfd(f"shmloader-{part}-{name[:8]}"))
-            os.ftruncate(fds[1], _round_up(ring_bytes, PAGE))
-            fcntl.fcntl(fds[1], fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        except BaseException:
-            for fd in fds:
-                os.close(fd)
-            raise
-        return cls(name, *fds)
-
-    @property
-    def ring_bytes(self) -> int:
-        """Size of the ring in bytes."""
-        return os.fstat(self.ring_fd).st_size
-
-    @property
-    def fds(self) -> tuple[int, int, int]:
-        """All descriptors, for a child process to inherit."""
-        return (self.control_fd, self.ring_fd, self.lock_fd)
-
-    def close(self) -> None:
-        """Close the descriptors. Locks that this process holds on the lock inode are gone with it."""
-        for fd in self.fds:
-            os.close(fd)
-
-
-def format_control(files: RingFiles, num_rows: int, chunks: Sequence[tuple[int, int]], is_sequential: bool) -> None:
-    """Lay out the control memory for ``num_rows`` samples in ``chunks`` of (first row, number of rows).
-
-    Once per set, in the supervisor, before anybody attaches.
-    """
-    num_bytes = native.control_bytes(files.ring_bytes, num_rows, len(chunks))
-    os.ftruncate(files.control_fd, num_bytes)
-    fcntl.fcntl(files.control_fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    native.format_control(
-        native.Mapping(files.control_fd, num_bytes, True, "control"),
-        ring_bytes=files.ring_bytes,
-        resident_bytes=files.ring_bytes,
-        num_records=num_rows,
-        is_sequential=is_sequential,
-        first_rows=array("Q", [first for first, _ in chunks]),
-        num_rows=array("I", [rows for _, rows in chunks]),
-        uuid=uuid_module.UUID(files.uuid).bytes,
-        boot_id=boot_id(),
-        pid_namespace=pid_namespace(),
-    )
+#: How a reference is packed: shml_ref_t in native/shml.h (offset, bytes, descriptor, generation, status, chunk).
+_REF = struct.Struct("<QQIIII")
+#: Records begin at multiples of it: SHML_ALIGN in native/layout.h.
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
 class Refs:
-    """Where the records of some ids lie, in the ids' order; packed as the core gives and takes them."""
+    """Where the records of some ids lie, in the ids' order; packed as the core gives and takes them.
+
+    base: the memory in which they lie: the ring, or copies of this process alone.
+    pins: keep those in transit where they are; None: none is in transit.
+    """
 
     ids: Sequence[int]
     packed: bytes
+    base: native.Mapping
+    pins: native.Pins | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -134,12 +58,20 @@ class Refs:
         return self.packed[i * native.REF_BYTES : (i + 1) * native.REF_BYTES]
 
     def place(self, i: int) -> tuple[int, int]:
-        """Offset in the ring and size in bytes of the i-th record."""
-        words = memoryview(self.packed)[i * native.REF_BYTES : i * native.REF_BYTES + 16].cast("Q")
-        return words[0], words[1]
+        """Offset in ``base`` and size in bytes of the i-th record."""
+        offset, num_bytes, *_ = _REF.unpack_from(self.packed, i * native.REF_BYTES)
+        return offset, num_bytes
+
+    def pin(self, i: int) -> native.Pins | None:
+        """One more pin of the i-th record alone, for a view that outlives the others."""
+        return None if self.pins is None else self.pins.one(i)
+
+    def record(self, i: int) -> memoryview:
+        """The bytes of the i-th record; valid while these `Refs` live."""
+        return memoryview(self.base.view(*self.place(i), self.pins))
 
     def statuses(self) -> list[tuple[int, int]]:
-        """(status, chunk) of each."""
+        """(status, chunk) of each; of one that is there, chunk tells whether it is pinned."""
         words = memoryview(self.packed).cast("I").tolist()
         step = native.REF_BYTES // 4
         return list(zip(words[6::step], words[7::step], strict=True))
@@ -161,15 +93,15 @@ class Ring:
         # A read-only *open file*: not even mprotect can make a reader's mapping writable.
         fd = files.ring_fd if writable else os.open(f"/proc/self/fd/{files.ring_fd}", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self.mapping = native.Mapping(fd, files.ring_bytes, writable, "ring")
+            self.mapping = native.Mapping(fd, files.file_bytes, writable, "ring")
         finally:
             if not writable:
                 os.close(fd)
         self.segment = native.Segment(self._control, self.mapping, files.lock_fd, boot_id(), pid_namespace())
         slot, gen = owner if owner is not None else (-1, 0)
         self.slot, self.gen = self.segment.register(role, slot, gen)
+        self.has_transit = self.segment.stats()["transit_bytes"] > 0
         self._lock = threading.Lock()  # one want-list per client: one thread of it waits at a time
-        self._backed_bytes = 0  # as far as this process has seen
 
     @property
     def is_home(self) -> bool:
@@ -188,52 +120,71 @@ class Ring:
         timeout_s: float,
         on_tick: Callable[[], None] | None = None,
         describe: Callable[[int], str] = str,
+        place: Place | None = None,
     ) -> Refs:
         """Where the records of ``ids`` lie, once all are there; waits for them.
 
         on_tick: called at least every 100 ms while waiting (to see that the services live).
         describe: source, shard and row of an id, for the message of an error.
+        place: (order, generation, begin, end): the positions of an order that the ids are.
 
         Raises:
             SampleError, DecodeError, ProcessError: a sample cannot be had; as its prefetcher told it.
-            SourceError, RingFullError, ServiceError: its chunk cannot be read.
+            SourceError, RingError, ServiceError: its chunk cannot be read.
             WaitTimeoutError: nothing at all moved for ``timeout_s``.
             ServiceError: this is a worker, and its training process is gone.
         """
-        packed_ids = array("Q", ids)
-        refs, missing = self.segment.get_many(packed_ids, False)
-        if missing or self._has_bad(refs):
-            with self._lock:
-                try:
-                    refs = self._wait_for(ids, packed_ids, timeout_s, on_tick, describe)
-                except BaseException:
-                    with contextlib.suppress(ShmloaderError):  # closed meanwhile: they are gone with the client
-                        self.segment.get_many(array("Q"), True)  # withdraw the wants
-                    raise
-        return Refs(ids, refs)
+        packed, missing, pins, is_over = self.segment.get_many(array("Q", ids), 0, place)
+        if not missing and not _has_bad(packed):
+            refs = Refs(ids, packed, self.mapping, pins)
+            return self._copied(ids, {}, range(len(ids)), refs) if is_over else refs
+        pins = None  # given back before we wait, for others of our threads too
+        with self._lock:
+            try:
+                return self._wait_for(ids, timeout_s, on_tick, describe, place)
+            except BaseException:
+                with contextlib.suppress(ShmloaderError):  # closed meanwhile: they are gone with the client
+                    self.segment.get_many(array("Q"), native.GET_POST, None)  # withdraw the wants
+                raise
 
     def _wait_for(
         self,
         ids: Sequence[int],
-        packed_ids: array[int],
         timeout_s: float,
         on_tick: Callable[[], None] | None,
         describe: Callable[[int], str],
-    ) -> bytes:
+        place: Place | None,
+    ) -> Refs:
         progress, since = -1, time.monotonic()
+        flags, starved = native.GET_POST, self.segment.starved()
+        copies: dict[int, bytes] = {}  # of records in transit, by their index in ids
+        left: Sequence[int] = range(len(ids))
         while True:
             seen = self.segment.wake_word()
-            refs, missing = self.segment.get_many(packed_ids, True)
-            result = Refs(ids, refs)
-            self._raise_bad(result, describe)
-            if not missing:
-                return bytes(refs)
-            self._raise_fatal()
+            left_ids = [ids[i] for i in left]
+            packed, missing, pins, is_over = self.segment.get_many(array("Q", left_ids), flags, place)
+            refs = Refs(left_ids, packed, self.mapping, pins)
+            error = self._bad(refs, describe)
+            if error is not None:
+                refs, pins = replace(refs, pins=None), None  # an error that is kept must not keep them
+                raise error
+            if not missing and not _has_bad(packed):
+                return self._copied(ids, copies, left, refs) if copies or is_over else refs
+            if pins is not None:
+                taken = [k for k, word in enumerate(refs.statuses()) if word == (native.READY, 1)]  # 1: pinned
+                copies.update((left[k], bytes(refs.record(k))) for k in taken)
+                left = [i for i in left if i not in copies]
+                refs, pins = replace(refs, pins=None), None  # given back before we sleep
+            # Others may need the room of what we found: then, and only then, it is copied out.
+            flags = native.GET_POST | (native.GET_TAKE if self.segment.starved() != starved else 0)
+            error = self._fatal()
+            if error is not None:
+                raise error
             now = time.monotonic()
             if (moved := self.segment.progress()) != progress:
                 progress, since = moved, now
             elif now - since > timeout_s:
-                raise self._timed_out(result, now - since, describe)
+                raise self._timed_out(refs, now - since, describe)
             self.segment.reap(False)
             if self.role == native.WORKER and not self.segment.count(native.OWNER):
                 raise ServiceError(
@@ -244,38 +195,59 @@ class Ring:
             self.segment.wait(seen, native.TICK_MS)
 
     @staticmethod
-    def _has_bad(packed: bytes) -> bool:
-        return any(memoryview(packed).cast("I")[6 :: native.REF_BYTES // 4].tolist())
+    def _copied(ids: Sequence[int], copies: dict[int, bytes], left: Sequence[int], refs: Refs) -> Refs:
+        """All records of a batch in memory of this process: ``copies``, and those that ``refs`` finds (``left``)."""
+        records: dict[int, Any] = dict(copies)
+        records.update((i, refs.record(k)) for k, i in enumerate(left))
+        sizes = [_round_up(len(records[i]), ALIGNMENT) for i in range(len(ids))]
+        base = native.Mapping(-1, sum(sizes), True, "copies")
+        packed = bytearray()
+        offset = 0
+        for i, size in enumerate(sizes):
+            record = records[i]
+            memoryview(base.view(offset, size))[: len(record)] = record
+            packed += _REF.pack(offset, len(record), 0, 0, native.READY, 0)
+            offset += size
+        return Refs(ids, bytes(packed), base)
 
-    def _raise_bad(self, refs: Refs, describe: Callable[[int], str]) -> None:
-        for i, (status, chunk) in enumerate(refs.statuses()):
+    def _bad(self, refs: Refs, describe: Callable[[int], str]) -> ShmloaderError | None:
+        """Why one of the records will not come. Returned, not raised: a traceback would keep the pins of ``refs``."""
+        for row, (status, chunk) in zip(refs.ids, refs.statuses(), strict=True):
             if status == native.ERROR:
-                raise self._read_error(*refs.place(i))
+                error = self._error_of(row)
+                if error is not None:
+                    return error
             if status == native.BROKEN:
-                self._raise_fatal()
-                raise self._chunk_error(refs.ids[i], chunk, describe)
+                return self._fatal() or self._chunk_error(row, chunk, describe)
+            if status == native.ASIDE:
+                return _killer(row, describe)
+        return None
 
-    def _read_error(self, offset: int, num_bytes: int) -> ShmloaderError:
-        raw = bytes(memoryview(self.mapping.view(offset, num_bytes)))
-        return from_wire(json.loads(raw.rstrip(b"\0")))
+    def _error_of(self, record: int) -> ShmloaderError | None:
+        """What an error record tells; None: it is not there (any more). Looked up by itself, so that it is pinned."""
+        packed, _, pins, _ = self.segment.get_many(array("Q", [record]), 0, None)
+        refs = Refs([record], packed, self.mapping, pins)
+        if refs.statuses()[0][0] != native.ERROR:
+            return None
+        return from_wire(json.loads(bytes(refs.record(0)).rstrip(b"\0")))
 
     def _chunk_error(self, row: int, chunk: int, describe: Callable[[int], str]) -> ShmloaderError:
-        packed, missing = self.segment.get_many(array("Q", [native.CHUNK_ERROR | chunk]), False)
-        if not missing:
-            return self._read_error(*Refs([0], packed).place(0))
+        told = self._error_of(native.CHUNK_ERROR | chunk)
+        if told is not None:
+            return told
         return ServiceError(
-            f"{describe(row)} cannot be read: each of the {native.MAX_ATTEMPTS} prefetch processes that tried its "
-            "chunk died without an error (killed, out of memory, or crashed in a decoder). Their output on stderr or "
-            "the kernel's log may say why; `process=` can replace the decoder.",
+            f"{describe(row)} cannot be read: each of the {native.MAX_ATTEMPTS} prefetch processes that tried to fetch "
+            "its chunk died without an error (killed, out of memory, or crashed in a reader). Their output on stderr "
+            "or the kernel's log may say why.",
             role="prefetcher",
             row=row,
             chunk=chunk,
         )
 
-    def _raise_fatal(self) -> None:
+    def _fatal(self) -> ShmloaderError | None:
+        """Why nothing more will come."""
         text = self.segment.text_get(native.TEXT_FATAL)
-        if text is not None:
-            raise from_wire(json.loads(text))
+        return None if text is None else from_wire(json.loads(text))
 
     def _timed_out(self, refs: Refs, waited_s: float, describe: Callable[[int], str]) -> WaitTimeoutError:
         missing = [row for row, (status, _) in zip(refs.ids, refs.statuses(), strict=True) if status == native.MISSING]
@@ -288,108 +260,25 @@ class Ring:
             waited_s=waited_s,
         )
 
-    # -- writing (services only) -----------------------------------------------------------------------
 
-    def reserve(self, row: int, num_bytes: int) -> tuple[int, int, int, int] | None:
-        """Room for the record of ``row``: a ticket for `record_of` and `commit`; None if it is there already.
+def _has_bad(packed: bytes) -> bool:
+    return any(memoryview(packed).cast("I")[6 :: native.REF_BYTES // 4].tolist())
 
-        Raises:
-            RingFullError, RecordTooLargeError, MemoryLimitError: with the bytes needed and what to set.
-        """
-        while True:
-            ticket = self.segment.reserve(row, num_bytes)
-            if isinstance(ticket, tuple):
-                return ticket
-            if ticket == native.EXISTS:
-                return None
-            if ticket != native.EXTEND:
-                raise self._no_room(ticket, num_bytes)
-            self._extend(num_bytes)
 
-    def _extend(self, num_bytes: int) -> None:
-        stats = self.segment.stats()
-        if stats["backed_bytes"] > self._backed_bytes:
-            self._backed_bytes = stats["backed_bytes"]  # another process has extended it: look there first
-            return
-        end = min(stats["head_bytes"] + _round_up(num_bytes, ALIGNMENT), self.files.ring_bytes)
-        status, available, limited_by = self.segment.back(self.files.ring_fd, end)
-        if status == native.MEMORY:
-            raise self._no_memory(num_bytes, available, limited_by)
-
-    def _no_memory(self, num_bytes: int, available: int, limited_by: str) -> MemoryLimitError:
-        stats = self.segment.stats()
-        needed = self._estimate(stats, num_bytes)
-        return MemoryLimitError(
-            f"There is not enough memory for the ring: about {needed:,} bytes are needed, it has "
-            f"{stats['backed_bytes']:,} and cannot grow, since only {available:,} are available ({limited_by}; a spare "
-            "is left). Give the job more memory, or load a part of the dataset.",
-            needed_bytes=needed,
-            have_bytes=stats["backed_bytes"],
-            limit=limited_by,
-        )
-
-    def _no_room(self, status: int, num_bytes: int) -> RingError:
-        stats = self.segment.stats()
-        if status == native.TOOBIG:
-            return RecordTooLargeError(
-                f"One sample takes {num_bytes:,} bytes, the whole ring has {stats['ring_bytes']:,}: "
-                "set SHMLOADER_RING_BYTES (or Options.ring_bytes) higher.",
-                needed_bytes=num_bytes,
-                have_bytes=stats["ring_bytes"],
-                variable="SHMLOADER_RING_BYTES",
-            )
-        if status == native.MEMORY:
-            return self._no_memory(num_bytes, *memory_limits()[1:])
-        needed = self._estimate(stats, num_bytes)
-        return ring_full(needed, stats["ring_bytes"], stats["num_ready"])
-
-    @staticmethod
-    def _estimate(stats: dict[str, int], num_bytes: int) -> int:
-        mean = stats["used_bytes"] / stats["num_ready"] if stats["num_ready"] else num_bytes
-        return int(mean * stats["num_records"])
-
-    def record_of(self, ticket: tuple[int, int, int, int]) -> memoryview:
-        """The reserved bytes, writable until `commit`."""
-        return memoryview(self.mapping.view(ticket[0], ticket[1]))
-
-    def commit(self, ticket: tuple[int, int, int, int], is_error: bool = False) -> None:
-        """Publish a record that is written completely."""
-        if self.segment.commit(ticket, native.ERROR if is_error else native.READY) != 0:
-            raise PoisonedError("a reservation of this living process was taken away", reason="stale ticket")
-
-    def abort(self, ticket: tuple[int, int, int, int]) -> None:
-        """Give a reservation back."""
-        self.segment.abort(ticket)
-
-    def put_error(self, row: int, error: BaseException) -> None:
-        """Publish why ``row`` has no sample; readers that ask for it raise it."""
-        text = to_json(error, native.TEXT_BYTES)
-        ticket = self.reserve(row, len(text))
-        if ticket is not None:
-            record = self.record_of(ticket)
-            record[: len(text)] = text
-            record[len(text) :] = bytes(len(record) - len(text))
-            self.commit(ticket, is_error=True)
-
-    def put_fatal(self, error: BaseException) -> None:
-        """Tell all readers that nothing more will come; the first error wins."""
-        self.segment.text_put(native.TEXT_FATAL, to_json(error, native.TEXT_BYTES))
+def _killer(row: int, describe: Callable[[int], str]) -> ServiceError:
+    return ServiceError(
+        f"{describe(row)} cannot be processed: each of the {native.MAX_ATTEMPTS} prefetch processes that tried died "
+        "without an error (killed, out of memory, or crashed in a decoder). Their output on stderr or the kernel's log "
+        "may say why; `process=` can replace the decoder.",
+        role="prefetcher",
+        row=row,
+    )
 
 
 def memory_limits() -> tuple[int, int, str]:
     """(smallest limit, available, what limits) in bytes, of this process: the machine's memory or a memory cgroup's."""
     total, available, limited_by = native.memory()
     return int(total), int(available), str(limited_by)
-
-
-def _memfd(name: str) -> int:
-    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    if fd > 2:
-        return fd
-    try:  # it took the place of a standard stream that is closed
-        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
-    finally:
-        os.close(fd)
 
 
 def _round_up(n: int, step: int) -> int:

@@ -36,6 +36,7 @@ class Field:
     dtype: numpy name of what the ring stores ("int64", "uint8", "float32", …).
     shape: the stored shape; None for a dimension that differs from sample to sample.
     pad: what fills a shorter sample's tail in a batch; None: the shapes of a batch must agree.
+    most: the largest shape that a value can have; None: not known (or as ``shape`` says).
     mask: name of the batch's int64 [B, Lmax] field that is 1 where this one holds a value.
     same_as: name of the field whose bytes it shares (nothing is stored twice).
     scale, shift: per channel (first dimension); the reader gets ``float32(stored) * scale + shift``.
@@ -51,6 +52,7 @@ class Field:
     scale: tuple[float, ...] | None = None
     shift: tuple[float, ...] | None = None
     is_text: bool = False
+    most: tuple[int, ...] | None = None
 
     @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -116,6 +118,17 @@ class Schema:
         for field in self.fields:
             known = tuple(n for n in field.shape if n is not None)
             if len(known) != len(field.shape):
+                return None
+            shapes[field.name] = known
+        return RecordLayout(self, shapes).num_bytes
+
+    def most_record_bytes(self) -> int | None:
+        """No record is larger, in bytes; None where some field may have any shape."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for field in self.fields:
+            shape = field.shape if field.most is None else field.most
+            known = tuple(n for n in shape if n is not None)
+            if len(known) != len(shape):
                 return None
             shapes[field.name] = known
         return RecordLayout(self, shapes).num_bytes

@@ -10,8 +10,12 @@ class Stats:
     """A snapshot; every number is of the whole set, except where said.
 
     num_rows: samples of the dataset. samples_ready: of these in the ring. samples_bad: that could not be made.
-    commits: records written so far; equals ``samples_ready`` if none was ever decoded twice.
-    ring_bytes: the ring's size. ring_backed_bytes: of it backed by memory. ring_used_bytes: in records.
+    commits: samples decoded so far; where all fit the ring, each is once.
+    decoding_s: seconds that all prefetchers together have spent making samples.
+    samples_read: handed to readers so far. fetched_bytes: encoded bytes taken from the source so far.
+    ring_bytes: the ring's size. transit_bytes: of it for samples that give way to others; 0 where all fit.
+    ring_backed_bytes: of the ring backed by memory. ring_used_bytes: in records. encoded_bytes: of encoded chunks that
+        the services keep beside the ring.
     prefetchers: prefetch processes at work (0 once all is there). service_pids: supervisor and prefetchers.
     num_workers: attached DataLoader workers. restarts: services that died and were
         replaced.
@@ -24,9 +28,14 @@ class Stats:
     samples_ready: int
     samples_bad: int
     commits: int
+    decoding_s: float
+    samples_read: int
+    fetched_bytes: int
     ring_bytes: int
+    transit_bytes: int
     ring_backed_bytes: int
     ring_used_bytes: int
+    encoded_bytes: int
     prefetchers: int
     service_pids: list[int]
     num_workers: int
@@ -38,6 +47,10 @@ class Stats:
 
     @property
     def decodes_per_sample(self) -> float:
-        """Records written per sample that is there; 1.0 is the promise."""
-        there = self.samples_ready + self.samples_bad
-        return self.commits / there if there else 0.0
+        """Samples decoded per sample of the dataset; 1.0 once all are there, where all fit the ring."""
+        return self.commits / self.num_rows
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of reads so far that needed no decoding of their own."""
+        return max(0.0, 1 - self.commits / self.samples_read) if self.samples_read else 0.0

@@ -173,15 +173,17 @@ class Sample(LazyDict):
         assert self._attachment is not None
         assert self._refs is not None
         schema, ring = self._attachment.schema, self._attachment.ring
+        base = self._refs.base
         offset, num_bytes = self._refs.place(self._index)
-        entries = ring.segment.fields(offset, num_bytes, len(schema.fields))
+        entries = ring.segment.fields(offset, num_bytes, len(schema.fields), base)
+        pin = self._refs.pin(self._index)  # of this record alone: a view may outlive its batch
         items: dict[str, Any] = {}
         views: dict[str, Any] = {}
         for field, entry in zip(schema.fields, entries, strict=True):
             if entry is None:
                 continue
             at, size, dims = entry
-            exporter = ring.mapping.view(offset + at, size)
+            exporter = base.view(offset + at, size, pin)
             items[field.name], is_view = _value(field, exporter, dims[: len(field.shape)], self._writable)
             if is_view:
                 views[field.name] = items[field.name]

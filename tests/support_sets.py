@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import select
@@ -21,7 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from shmloader.ring import Ring, RingFiles, format_control
+from shmloader.files import RingFiles, format_set
+from shmloader.ring import Ring
+from shmloader.sizes import Sizes
+from shmloader.writer import Stamp, Writer
 
 TESTS = Path(__file__).parent
 
@@ -65,16 +69,52 @@ def number(row: dict[str, Any]) -> dict[str, Any]:
     return {"number": row["number"]}
 
 
-def gated(gate: Path, first_row: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A `process`: the number; rows from ``first_row`` on only once the file ``gate`` is there."""
-    name = str(gate)
+class Gate:
+    """A place where any number of processes wait until it is opened, once: a FIFO that has no writer before.
+
+    It stays open as long as this object lives, or until `close`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self._fd = -1
+        os.mkfifo(path)
+
+    def open(self) -> None:
+        """Let all pass, those that wait and those that come later."""
+        if self._fd < 0:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Those that come later wait for ever."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def wait_at(gate: str) -> None:
+    """Return once the `Gate` with this path is open."""
+    os.close(os.open(gate, os.O_RDONLY))
+
+
+def gated(gate: Gate | str, first_row: int, one_waits: bool = False) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A `process`: the number; rows from ``first_row`` on only once the gate is open.
+
+    one_waits: only one prefetcher at a time waits there, so that the others go on with all rows but what that one has.
+    """
+    path = gate if isinstance(gate, str) else gate.path
 
     def process(row: dict[str, Any]) -> dict[str, Any]:
-        import os
-        import time
-
-        while row["number"] >= first_row and not os.path.exists(name):  # noqa: PTH110
-            time.sleep(0.002)
+        if row["number"] >= first_row:
+            with open(path + ".turn", "a") as turn:  # noqa: PTH123
+                try:
+                    fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB if one_waits else fcntl.LOCK_SH)
+                except BlockingIOError:
+                    return {"number": row["number"]}
+                wait_at(path)
         return {"number": row["number"]}
 
     return process
@@ -221,30 +261,37 @@ def run_script(folder: Path, source: str, *args: str, seconds: float = 55, **kwa
 
 @contextmanager
 def ring_files(
-    num_rows: int = 8, rows_per_chunk: int = 4, ring_bytes: int = 1 << 20, is_sequential: bool = False
+    num_rows: int = 8,
+    rows_per_chunk: int = 4,
+    resident_bytes: int = 1 << 20,
+    transit_bytes: int = 0,
+    raw_bytes: int = 1 << 20,
+    units: Sequence[int] | None = None,
 ) -> Iterator[RingFiles]:
-    """The files of a set that has no services."""
-    files = RingFiles.create(ring_bytes)
-    chunks = [(first, min(rows_per_chunk, num_rows - first)) for first in range(0, num_rows, rows_per_chunk)]
-    format_control(files, num_rows, chunks, is_sequential)
+    """The files of a set that has no services; each chunk is a unit of its own unless ``units`` says otherwise."""
+    files = RingFiles.create()
     try:
+        chunks = [(first, min(rows_per_chunk, num_rows - first)) for first in range(0, num_rows, rows_per_chunk)]
+        sizes = Sizes(resident_bytes, transit_bytes, raw_bytes, raw_bytes)
+        format_set(files, sizes, num_rows, chunks, range(len(chunks)) if units is None else units)
         yield files
     finally:
         files.close()
 
 
-def put(ring: Ring, row: int, data: bytes) -> None:
-    """Commit ``data`` as the record of ``row``."""
-    ticket = ring.reserve(row, len(data))
+def put(ring: Ring | Writer, row: int, data: bytes, stamp: Stamp | None = None, urgent: bool = False) -> None:
+    """Commit ``data`` as the record of ``row``. Raises as `Writer.reserve`."""
+    writer = ring if isinstance(ring, Writer) else Writer(ring)
+    ticket = writer.reserve(row, len(data), stamp, urgent)
     assert ticket is not None
-    ring.record_of(ticket)[: len(data)] = data
-    ring.commit(ticket)
+    writer.record_of(ticket)[: len(data)] = data
+    writer.commit(ticket)
 
 
 def read(ring: Ring, row: int, num_bytes: int, timeout_s: float = 30) -> bytes:
-    """The first bytes of the record of ``row``; waits for it."""
-    offset, _ = ring.get_many([row], timeout_s).place(0)
-    return bytes(memoryview(ring.mapping.view(offset, num_bytes)))
+    """The first bytes of the record of ``row``, which is kept while they are copied; waits for it."""
+    refs = ring.get_many([row], timeout_s)
+    return bytes(refs.record(0)[:num_bytes])
 
 
 def in_child(work: Callable[[], None]) -> int:

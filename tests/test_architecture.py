@@ -14,14 +14,17 @@ PACKAGE = ROOT / "shmloader"
 # From the bottom to the top; a module imports only from lower ranks or its own.
 RANKS = [
     {"errors"},
-    {"options", "config", "sample"},
+    {"options", "config", "sample", "permutation", "mixture", "order", "sizes"},
     {"sources", "processors", "_native"},
+    {"files"},
     {"ring"},
+    {"writer"},
     {"prefetch"},
+    {"live_orders"},
     {"reader"},
     {"views"},
     {"tokens"},
-    {"collate", "stats"},
+    {"opening", "collate", "stats", "sampler", "seeding"},
     {"dataset"},
     {"cli", "__main__"},
 ]
@@ -60,15 +63,27 @@ def test_imports_go_down_the_list_only(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_sources_processors_and_ring_do_not_see_one_another(path):
-    trio = {"sources", "processors", "ring"}
+    camps = [{"sources"}, {"processors"}, {"files", "ring", "writer"}]
     own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if own in trio:
-        assert not {part_of(name) for name in imports(path)} & (trio - {own})
+    if any(own in camp for camp in camps):
+        others = set().union(*(camp for camp in camps if own not in camp))
+        assert not {part_of(name) for name in imports(path)} & others
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_readers_do_not_write(path):
+    """Only services have a `Writer`: the ring is read-only for all others."""
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own not in ("writer", "prefetch"):
+        assert "writer" not in {part_of(name) for name in imports(path)}
 
 
 @pytest.mark.parametrize(
     ("library", "homes"),
-    [("datasets", {"sources", "cli"}), ("torch", {"views", "tokens", "collate", "dataset", "cli"})],
+    [
+        ("datasets", {"sources", "cli"}),
+        ("torch", {"views", "tokens", "opening", "collate", "sampler", "seeding", "dataset", "cli"}),
+    ],
 )
 def test_heavy_libraries_are_imported_only_where_they_belong(library, homes):
     users = {

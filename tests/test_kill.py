@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from support_sets import (
+    Gate,
     gated,
     kill,
     left_in_shm,
@@ -39,12 +40,12 @@ OPTIONS = Options(ring_bytes="8MiB", prefetchers=2, timeout_s=40)
 
 
 @contextmanager
-def half_gated(tmp_path: Path, **kwargs: Any) -> Iterator[tuple[ShmMultimodalDataset, Path]]:
+def half_gated(tmp_path: Path, **kwargs: Any) -> Iterator[tuple[ShmMultimodalDataset, Gate]]:
     """A set whose second half cannot be had before the file is there, so that a kill comes in mid-epoch."""
-    gate = tmp_path / "gate"
+    gate = Gate(tmp_path / "gate")
     name = write_numbers(tmp_path / "d", NUM_ROWS)
     with ShmMultimodalDataset(
-        dataset_name=name, process=gated(gate, HALF), **{"options": OPTIONS, **kwargs}
+        dataset_name=name, process=gated(gate, HALF, one_waits=True), **{"options": OPTIONS, **kwargs}
     ) as dataset:
         yield dataset, gate
 
@@ -69,7 +70,7 @@ def interrupted_epoch(
         first = numbers(next(batches) for _ in range(HALF // 16))
         for _ in range(num_strokes):
             stroke(dataset)
-        gate.touch()
+        gate.open()
         assert first + numbers(batches) == list(range(NUM_ROWS))
         assert sorted(numbers(loader(dataset, context="spawn", shuffle=True))) == list(range(NUM_ROWS))
         stats = dataset.stats()
@@ -150,7 +151,7 @@ def test_a_stopped_prefetcher_loses_nothing(tmp_path: Path) -> None:
         victim = wait_until(lambda: prefetchers_of(dataset))[0]
         kill(victim, sig=signal.SIGSTOP)
         try:
-            gate.touch()
+            gate.open()
             batches = iter(loader(dataset))
             # What it does not hold comes from the other one.
             wait_until(lambda: dataset.stats().samples_ready >= NUM_ROWS - 16)
@@ -165,7 +166,7 @@ def test_a_stopped_supervisor_delays_nothing(tmp_path: Path) -> None:
         victim = supervisor_of(dataset)
         kill(victim, sig=signal.SIGSTOP)
         try:
-            gate.touch()
+            gate.open()
             assert numbers(loader(dataset)) == list(range(NUM_ROWS))
         finally:
             kill(victim, sig=signal.SIGCONT)
@@ -180,7 +181,7 @@ def test_a_killed_worker_is_an_error_of_torch_and_the_next_epoch_works(tmp_path:
             kill(worker)
             numbers(batches)
         del batches
-        gate.touch()
+        gate.open()
         assert numbers(loader(dataset)) == list(range(NUM_ROWS))
         assert wait_until(lambda: dataset.stats().num_workers == 0)
         assert dataset._reader.attach().segment.check() is None
@@ -190,12 +191,12 @@ def test_workers_killed_while_they_wait_leave_no_wants(tmp_path: Path) -> None:
     with half_gated(tmp_path) as (dataset, _):
         batches = iter(loader(dataset, sampler=range(HALF, NUM_ROWS)))
         segment = dataset._reader.attach().segment
-        wait_until(lambda: segment.wanted(0, NUM_ROWS))
+        wait_until(lambda: segment.wanted(NUM_ROWS))
         with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid"):  # noqa: PT012 (by torch's SIGCHLD handler)
             kill(*(worker.pid for worker in batches._workers))
             next(batches)
         del batches
-        wait_until(lambda: segment.reap(True) >= 0 and segment.wanted(0, NUM_ROWS) == [])
+        wait_until(lambda: segment.reap(True) >= 0 and segment.wanted(NUM_ROWS) == [])
 
 
 def test_random_kills_over_several_epochs_lose_nothing(tmp_path: Path) -> None:
@@ -243,7 +244,9 @@ from pathlib import Path
 
 name, gate, way = sys.argv[1:]
 dataset = ShmMultimodalDataset(
-    dataset_name=name, process=gated(Path(gate), 128), options=Options(ring_bytes="8MiB", prefetchers=2, timeout_s=60)
+    dataset_name=name,
+    process=gated(gate, 128, one_waits=way != "waiting"),
+    options=Options(ring_bytes="8MiB", prefetchers=2, timeout_s=60),
 )
 loader = DataLoader(dataset, 16, num_workers=2, shuffle=(way == "waiting"))
 batches = iter(loader)
@@ -267,8 +270,8 @@ if way == "exit":
 
 @contextmanager
 def training(tmp_path: Path, way: str) -> Iterator[tuple[subprocess.Popen[str], Callable[[], list[int]]]]:
-    name = write_numbers(tmp_path / "d", NUM_ROWS)
-    with marked() as kin, script(tmp_path, TRAINING, name, str(tmp_path / "gate"), way) as process:
+    name, gate = write_numbers(tmp_path / "d", NUM_ROWS), Gate(tmp_path / "gate")
+    with marked() as kin, script(tmp_path, TRAINING, name, gate.path, way) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", process.communicate(timeout=10)
         yield process, kin
@@ -339,9 +342,8 @@ class Slow:
         return (wait, (sys.argv[2],))
 
 def wait(gate):
-    import os, time
-    while not os.path.exists(gate):
-        time.sleep(0.01)
+    from support_sets import wait_at
+    wait_at(gate)
     return Slow()
 
 ShmMultimodalDataset(dataset_name=sys.argv[1], process=Slow(), options=Options(ring_bytes="1MiB", prefetchers=2))
@@ -349,7 +351,7 @@ ShmMultimodalDataset(dataset_name=sys.argv[1], process=Slow(), options=Options(r
 
 
 def planning(tmp_path: Path) -> Any:
-    return script(tmp_path, PLANNING, write_numbers(tmp_path / "d", 8), str(tmp_path / "gate"))
+    return script(tmp_path, PLANNING, write_numbers(tmp_path / "d", 8), Gate(tmp_path / "gate").path)
 
 
 def is_planning(kin: Callable[[], list[int]]) -> bool:
@@ -389,16 +391,17 @@ def test_a_planner_that_is_killed_is_an_error_with_its_exit_status(tmp_path: Pat
 def test_services_end_when_the_training_process_dies_between_the_plan_and_its_first_read(tmp_path: Path) -> None:
     from support_sets import in_child, join, number
 
+    from shmloader.files import RingFiles
     from shmloader.prefetch.launch import SetFiles, start_set
     from shmloader.prefetch.payload import Work, write
-    from shmloader.ring import RingFiles
     from shmloader.sources.base import SourceRequest
 
     name = write_numbers(tmp_path / "d", NUM_ROWS)
 
     def work() -> None:
-        files = RingFiles.create(1 << 20)
-        head = {"uuid": files.uuid, "num_prefetchers": 1, "log": "WARNING"}
+        files = RingFiles.create()
+        sizes = {"ring_bytes": 1 << 20, "in_flight": None, "ahead": None, "window_bytes": 1 << 20}
+        head = {"uuid": files.uuid, "num_prefetchers": 1, "log": "WARNING", **sizes}
         payload = write(Work(SourceRequest(name, "train", None, True, {}), None, None, number), head)
         start_set(SetFiles(files, payload, os.memfd_create("plan")))
         os.kill(os.getpid(), signal.SIGKILL)  # it never was a client
@@ -415,5 +418,5 @@ def test_a_set_lives_as_long_as_its_last_owner_though_workers_come_and_go(tmp_pa
             child.start()
             child.join(30)
             assert child.exitcode == 0
-        gate.touch()
+        gate.open()
         assert numbers(loader(dataset)) == list(range(NUM_ROWS))

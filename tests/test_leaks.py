@@ -119,16 +119,17 @@ def test_a_set_that_is_forgotten_leaves_nothing(tmp_path: Path, leaks: Leaks) ->
 
 
 def test_a_set_whose_supervisor_was_started_again_leaves_nothing(tmp_path: Path, leaks: Leaks) -> None:
-    from support_sets import gated
+    from support_sets import Gate, gated
 
-    gate, name = tmp_path / "gate", write_numbers(tmp_path / "d", 64)
+    gate, name = Gate(tmp_path / "gate"), write_numbers(tmp_path / "d", 64)
     with ShmMultimodalDataset(dataset_name=name, process=gated(gate, 16), options=OPTIONS) as dataset:
         victim = supervisor_of(dataset)
         kill(victim)
         wait_for_end(victim)
-        gate.touch()
+        gate.open()
         assert int(dataset[63]["number"]) == 63
     del dataset
+    gate.close()
     leaks.check()
 
 

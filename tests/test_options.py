@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support_sets import gated, number, prefetchers_of, run_script, wait_until, write_numbers
+from support_sets import Gate, gated, number, prefetchers_of, run_script, wait_until, write_numbers, write_pictures
 
-from shmloader import Options, ShmMultimodalDataset
+from shmloader import MultimodalConfig, Options, ShmMultimodalDataset
 from shmloader.errors import OptionError, WaitTimeoutError
-from shmloader.options import DEFAULT_TIMEOUT_S, MAX_DEFAULT_PREFETCHERS, ByteSize, parse_size
+from shmloader.options import (
+    DEFAULT_SPILL,
+    DEFAULT_TIMEOUT_S,
+    DEFAULT_WINDOW,
+    MAX_DEFAULT_PREFETCHERS,
+    ByteSize,
+    parse_size,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,22 +53,58 @@ def test_a_bad_size_is_an_error_with_name_value_and_what_is_allowed(text: Any) -
 
 
 def test_an_empty_environment_gives_the_defaults() -> None:
-    assert Options.from_env({}) == Options() == Options(None, None, DEFAULT_TIMEOUT_S, "WARNING")
+    defaults = Options(
+        ring_bytes=None,
+        in_flight=None,
+        ahead=None,
+        window_bytes=DEFAULT_WINDOW,
+        spill_bytes=DEFAULT_SPILL,
+        spill_dir=None,
+        prefetchers=None,
+        timeout_s=DEFAULT_TIMEOUT_S,
+        log="WARNING",
+    )
+    assert Options.from_env({}) == Options() == defaults
+
+
+def test_the_default_window_is_an_amount_of_bytes() -> None:
+    assert parse_size(DEFAULT_WINDOW).num_bytes is not None
 
 
 def test_empty_variables_count_as_unset() -> None:
-    names = ("RING_BYTES", "PREFETCHERS", "TIMEOUT_S", "LOG")
-    assert Options.from_env({f"SHMLOADER_{name}": "" for name in names}) == Options()
+    assert Options.from_env({f"SHMLOADER_{option.name.upper()}": "" for option in fields(Options)}) == Options()
 
 
 def test_every_variable_is_read() -> None:
     env = {
         "SHMLOADER_RING_BYTES": "512MiB",
+        "SHMLOADER_IN_FLIGHT": "640",
+        "SHMLOADER_AHEAD": "50",
+        "SHMLOADER_WINDOW_BYTES": "64MiB",
+        "SHMLOADER_SPILL_BYTES": "5%",
+        "SHMLOADER_SPILL_DIR": "/scratch",
         "SHMLOADER_PREFETCHERS": "3",
         "SHMLOADER_TIMEOUT_S": "1.5",
         "SHMLOADER_LOG": "debug",
     }
-    assert Options.from_env(env) == Options("512MiB", 3, 1.5, "DEBUG")
+    assert vars(Options.from_env(env)) == {
+        "ring_bytes": "512MiB",
+        "in_flight": 640,
+        "ahead": 50,
+        "window_bytes": "64MiB",
+        "spill_bytes": "5%",
+        "spill_dir": "/scratch",
+        "prefetchers": 3,
+        "timeout_s": 1.5,
+        "log": "DEBUG",
+    }
+
+
+@pytest.mark.parametrize("name", [option.name for option in fields(Options)])
+def test_every_option_has_a_variable_of_its_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    value = {"log": "INFO", "spill_dir": "/scratch", "timeout_s": "7.5", "prefetchers": "7"}.get(name, "4096")
+    monkeypatch.setenv(f"SHMLOADER_{name.upper()}", value)
+    assert str(getattr(Options(), name)) == str(getattr(Options.from_env(), name)) == value
 
 
 @pytest.mark.parametrize(
@@ -69,6 +113,14 @@ def test_every_variable_is_read() -> None:
         ("SHMLOADER_RING_BYTES", "lots", "512MiB"),
         ("SHMLOADER_RING_BYTES", "0", "512MiB"),
         ("SHMLOADER_RING_BYTES", "200%", "25%"),
+        ("SHMLOADER_IN_FLIGHT", "0", "from 1 up"),
+        ("SHMLOADER_IN_FLIGHT", "8.5", "from 1 up"),
+        ("SHMLOADER_AHEAD", "-1", "from 1 up"),
+        ("SHMLOADER_AHEAD", "1GB", "from 1 up"),
+        ("SHMLOADER_WINDOW_BYTES", "wide", "512MiB"),
+        ("SHMLOADER_WINDOW_BYTES", "0", "512MiB"),
+        ("SHMLOADER_SPILL_BYTES", "-1", "25%"),
+        ("SHMLOADER_SPILL_BYTES", "101%", "25%"),
         ("SHMLOADER_PREFETCHERS", "0", "from 1 to 64"),
         ("SHMLOADER_PREFETCHERS", "65", "from 1 to 64"),
         ("SHMLOADER_PREFETCHERS", "2.5", "from 1 to 64"),
@@ -94,6 +146,18 @@ def test_a_bad_variable_is_an_error_with_name_value_and_what_is_allowed(name: st
         ("ring_bytes", "lots"),
         ("ring_bytes", 0),
         ("ring_bytes", True),
+        ("in_flight", 0),
+        ("in_flight", 1.5),
+        ("in_flight", "8"),
+        ("in_flight", True),
+        ("ahead", -1),
+        ("ahead", (1 << 30) + 1),
+        ("ahead", "8"),
+        ("window_bytes", 0),
+        ("window_bytes", None),
+        ("window_bytes", "wide"),
+        ("spill_bytes", None),
+        ("spill_bytes", "-1"),
         ("prefetchers", 0),
         ("prefetchers", 65),
         ("prefetchers", 2.5),
@@ -113,6 +177,23 @@ def test_a_bad_argument_is_an_error_with_name_and_value(name: str, value: Any) -
         Options(**{name: value})
     assert name in str(caught.value)
     assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize("share", ["10%", "100%"])
+def test_a_window_that_is_a_share_of_memory_is_an_error_that_says_why(
+    share: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OptionError, match=r"^window_bytes='\d+%'.*not a share of memory: the order would differ"):
+        Options(window_bytes=share)
+    monkeypatch.setenv("SHMLOADER_WINDOW_BYTES", share)
+    for make in (Options, Options.from_env):
+        with pytest.raises(OptionError, match=r"^SHMLOADER_WINDOW_BYTES='\d+%'.*not a share of memory"):
+            make()
+
+
+@pytest.mark.parametrize("size", [0, "0", "1GiB", "50%"])
+def test_what_is_spilled_may_be_nothing_or_a_share(size: Any) -> None:
+    assert Options(spill_bytes=size).spill_bytes == size
 
 
 def test_by_default_there_is_a_prefetcher_for_each_core_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +216,7 @@ def test_an_explicit_argument_beats_the_environment(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("SHMLOADER_PREFETCHERS", "2")
     options = Options(ring_bytes="5MiB", prefetchers=1)
     name = write_numbers(tmp_path / "d", 64)
-    with ShmMultimodalDataset(dataset_name=name, process=gated(tmp_path / "gate", 8), options=options) as dataset:
+    with ShmMultimodalDataset(dataset_name=name, process=gated(Gate(tmp_path / "gate"), 8), options=options) as dataset:
         wait_until(lambda: prefetchers_of(dataset))
         assert dataset.stats().ring_bytes == 5 << 20
         assert dataset.stats().prefetchers == 1
@@ -151,7 +232,7 @@ def test_as_many_prefetchers_start_as_the_environment_says(tmp_path: Path, monke
     monkeypatch.setenv("SHMLOADER_RING_BYTES", "1MiB")
     monkeypatch.setenv("SHMLOADER_PREFETCHERS", "3")
     name = write_numbers(tmp_path / "d", 128)
-    with ShmMultimodalDataset(dataset_name=name, process=gated(tmp_path / "gate", 0)) as dataset:
+    with ShmMultimodalDataset(dataset_name=name, process=gated(Gate(tmp_path / "gate"), 0)) as dataset:
         wait_until(lambda: dataset.stats().prefetchers == 3)
         wait_until(lambda: len(prefetchers_of(dataset)) == 3)
 
@@ -160,12 +241,12 @@ def test_a_reader_waits_as_long_as_the_environment_says(tmp_path: Path, monkeypa
     monkeypatch.setenv("SHMLOADER_RING_BYTES", "1MiB")
     monkeypatch.setenv("SHMLOADER_PREFETCHERS", "1")
     monkeypatch.setenv("SHMLOADER_TIMEOUT_S", "1.25")
-    name, gate = write_numbers(tmp_path / "d", 16), tmp_path / "gate"
+    name, gate = write_numbers(tmp_path / "d", 16), Gate(tmp_path / "gate")
     with ShmMultimodalDataset(dataset_name=name, process=gated(gate, 8)) as dataset:
         with pytest.raises(WaitTimeoutError, match=r"row 9 of .*shard .*SHMLOADER_TIMEOUT_S") as caught:
             dataset[9]
         assert caught.value.waited_s >= 1.25
-        gate.touch()
+        gate.open()
         assert int(dataset[9]["number"]) == 9
 
 
@@ -192,3 +273,22 @@ def test_an_option_that_is_not_given_is_as_the_environment_says(monkeypatch: pyt
     options = Options(prefetchers=3)
     assert (options.ring_bytes, options.timeout_s, options.prefetchers) == ("8MiB", 7.0, 3)
     assert Options(ring_bytes=None).ring_bytes is None
+
+
+def test_in_flight_and_ahead_of_the_environment_size_transit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMLOADER_IN_FLIGHT", "24")
+    monkeypatch.setenv("SHMLOADER_AHEAD", "8")
+    name = write_pictures(tmp_path / "d", 256)
+    options, config = Options(ring_bytes="128KiB", prefetchers=1), MultimodalConfig(vision_dim=16)
+    with ShmMultimodalDataset(config, dataset_name=name, options=options) as dataset:
+        record_bytes = dataset._reader.plan.schema.most_record_bytes()
+        assert 0 <= dataset.stats().transit_bytes - 2 * 32 * record_bytes < 4096
+
+
+def test_an_explicit_window_beats_that_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHMLOADER_WINDOW_BYTES", "2MiB")
+    name = write_numbers(tmp_path / "d", 8)
+    for changes, window_bytes in (({}, 2 << 20), ({"window_bytes": "3KiB"}, 3 << 10)):
+        options = Options(ring_bytes="1MiB", prefetchers=1, **changes)
+        with ShmMultimodalDataset(dataset_name=name, process=number, options=options) as dataset:
+            assert dataset._reader.plan.window_bytes == window_bytes

@@ -8,13 +8,15 @@ import os
 import signal
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, IterableDataset, Value
 from support_sets import (
+    Gate,
     gated,
     kill,
     marked,
@@ -26,6 +28,7 @@ from support_sets import (
     script,
     services,
     supervisor_of,
+    wait_at,
     wait_for_end,
     wait_until,
     write_numbers,
@@ -69,43 +72,38 @@ def test_each_row_is_processed_once_by_one_of_four_prefetchers(tmp_path: Path) -
 
 
 def test_chunks_are_shared_among_prefetchers(tmp_path: Path) -> None:
-    folder = tmp_path / "here"
+    folder, gate = tmp_path / "here", Gate(tmp_path / "gate")
     folder.mkdir()
 
-    def process(row: dict[str, Any], folder: str = str(folder)) -> dict[str, Any]:
-        import os
-        import time
-
+    def process(row: dict[str, Any], folder: str = str(folder), gate: str = gate.path) -> dict[str, Any]:
         open(f"{folder}/{os.getpid()}", "w").close()  # noqa: PTH123
-        while len(os.listdir(folder)) < 4:  # noqa: PTH208  (each waits for all the others)
-            time.sleep(0.002)
+        wait_at(gate)
         return {"pid": os.getpid()}
 
     with make(write_numbers(tmp_path / "d", 64, 8), process=process, prefetchers=4) as dataset:
+        wait_until(lambda: len(list(folder.iterdir())) == 4)
+        gate.open()
         assert len({int(s["pid"]) for s in dataset.__getitems__(range(64))}) == 4
 
 
 def read_after_a_kill(dataset: ShmMultimodalDataset, row: int) -> int:
     """The number of ``row``, which is waited for when the one prefetcher is killed over its first chunk."""
     segment, found = dataset._reader.attach().segment, []
-    wait_until(lambda: segment.stats()["chunks_claimed"] == 1)
+    wait_until(lambda: segment.stats()["num_claimed"])
     reader = threading.Thread(target=lambda: found.append(int(dataset[row]["number"])))
     reader.start()
-    wait_until(lambda: segment.wanted(row, 1))
+    wait_until(lambda: row in segment.wanted(4096))
     kill(*wait_until(lambda: prefetchers_of(dataset)))
     reader.join(40)
     return found[0]
 
 
 def test_a_chunk_that_is_waited_for_comes_before_those_that_are_not(tmp_path: Path) -> None:
-    gate, name = tmp_path / "gate", write_numbers(tmp_path / "d", 256, 8)
+    gate, name = Gate(tmp_path / "gate"), write_numbers(tmp_path / "d", 256, 8)
 
-    def process(row: dict[str, Any], gate: str = str(gate)) -> dict[str, Any]:
-        import os
-        import time
-
-        while row["number"] // 8 != 25 and not os.path.exists(gate):  # noqa: PTH110
-            time.sleep(0.002)
+    def process(row: dict[str, Any], gate: str = gate.path) -> dict[str, Any]:
+        if row["number"] // 8 != 25:
+            wait_at(gate)
         return {"number": row["number"]}
 
     with make(name, process=process, prefetchers=1) as dataset:
@@ -113,14 +111,11 @@ def test_a_chunk_that_is_waited_for_comes_before_those_that_are_not(tmp_path: Pa
 
 
 def test_the_rows_of_a_chunk_that_are_waited_for_come_first(tmp_path: Path) -> None:
-    gate, name = tmp_path / "gate", write_numbers(tmp_path / "d", 32, 16)
+    gate, name = Gate(tmp_path / "gate"), write_numbers(tmp_path / "d", 32, 16)
 
-    def process(row: dict[str, Any], gate: str = str(gate)) -> dict[str, Any]:
-        import os
-        import time
-
-        while row["number"] != 27 and not os.path.exists(gate):  # noqa: PTH110
-            time.sleep(0.002)
+    def process(row: dict[str, Any], gate: str = gate.path) -> dict[str, Any]:
+        if row["number"] != 27:
+            wait_at(gate)
         return {"number": row["number"]}
 
     with make(name, process=process, prefetchers=1) as dataset:
@@ -146,11 +141,27 @@ def test_prefetchers_agree_on_the_schema_of_a_process(tmp_path: Path) -> None:
         assert bad in (0, 64)
 
 
-def test_a_sequential_stream_is_read_in_order_by_one_at_a_time(tmp_path: Path) -> None:
-    rows = Dataset.from_dict({"number": list(range(300))}).to_iterable_dataset()
-    with make(rows, process=with_pid, prefetchers=3) as dataset:
+def test_a_sequential_stream_is_read_once_by_one_and_decoded_by_all(tmp_path: Path) -> None:
+    opened, gate = tmp_path / "opened", Gate(tmp_path / "gate")
+
+    def generate(opened: str = str(opened)) -> Iterator[dict[str, int]]:
+        with open(opened, "a") as file:  # noqa: PTH123
+            file.write(f"{os.getpid()} ")
+        yield from ({"number": i} for i in range(300))
+
+    def process(row: dict[str, Any], gate: str = gate.path, here: str = str(tmp_path)) -> dict[str, Any]:
+        open(f"{here}/decodes-{os.getpid()}", "w").close()  # noqa: PTH123
+        wait_at(gate)
+        return {"number": row["number"]}
+
+    features = Features(number=Value("int64"))
+    rows = IterableDataset.from_generator(generate, features=features)
+    with make(rows, process=process, prefetchers=3) as dataset:
         assert dataset.sources[0]["mode"] == "sequential"
-        assert len({int(dataset[i]["pid"]) for i in (0, 100, 299)}) == 1  # each of several would read all of it
+        wait_until(lambda: len(list(tmp_path.glob("decodes-*"))) == 3)
+        gate.open()
+        assert len(dataset.__getitems__(range(300))) == 300
+        assert len(opened.read_text().split()) == 2  # the planner, to count its rows, and one prefetcher
         assert sorted(int(i) for batch in DataLoader(dataset, 32, shuffle=True) for i in batch["number"]) == list(
             range(300)
         )
@@ -158,21 +169,21 @@ def test_a_sequential_stream_is_read_in_order_by_one_at_a_time(tmp_path: Path) -
 
 
 def test_a_sequential_stream_goes_on_after_its_reader_was_killed(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
+    gate = Gate(tmp_path / "gate")
     rows = Dataset.from_dict({"number": list(range(300))}).to_iterable_dataset()
     with make(rows, process=gated(gate, 150), prefetchers=2) as dataset:
         dataset[140]
         segment = dataset._reader.attach().segment
         victims = wait_until(lambda: prefetchers_of(dataset))
         kill(*victims)
-        gate.touch()
+        gate.open()
         assert [int(s["number"]) for s in dataset.__getitems__(range(300))] == list(range(300))
         assert dataset.stats().commits == 300
         assert segment.check() is None
 
 
 def test_a_reader_that_waits_is_told_when_its_dataset_is_closed(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
+    gate = Gate(tmp_path / "gate")
     dataset = make(Dataset.from_dict({"number": list(range(100))}), process=gated(gate, 0), prefetchers=1)
     found: list[BaseException] = []
 
@@ -182,14 +193,15 @@ def test_a_reader_that_waits_is_told_when_its_dataset_is_closed(tmp_path: Path) 
         except ClosedError as error:
             found.append(error)
 
+    segment = dataset._reader.attach().segment
+    wait_until(lambda: segment.stats()["num_claimed"])  # the prefetcher waits at the gate, with other rows
     reader = threading.Thread(target=read)
     reader.start()
-    segment = dataset._reader.attach().segment
-    wait_until(lambda: 50 in segment.wanted(0, 100))
+    wait_until(lambda: 50 in segment.wanted(4096))
     dataset.close()
     reader.join()
     assert found
-    gate.touch()
+    gate.open()
 
 
 # ---- when they end -----------------------------------------------------------------------------------
@@ -205,14 +217,14 @@ def test_prefetchers_end_when_all_is_there_and_the_supervisor_stays(tmp_path: Pa
 
 def test_services_end_when_the_set_is_closed(tmp_path: Path) -> None:
     with marked() as kin:
-        with make(write_numbers(tmp_path / "d", 64), process=gated(tmp_path / "gate", 0)):
+        with make(write_numbers(tmp_path / "d", 64), process=gated(Gate(tmp_path / "gate"), 0)):
             wait_until(lambda: len(services(kin())) == 3)
         wait_until(lambda: kin() == [])
 
 
 def test_services_end_when_the_set_is_forgotten(tmp_path: Path) -> None:
     with marked() as kin:
-        dataset = make(write_numbers(tmp_path / "d", 64), process=gated(tmp_path / "gate", 0))
+        dataset = make(write_numbers(tmp_path / "d", 64), process=gated(Gate(tmp_path / "gate"), 0))
         assert services(kin())
         del dataset
         wait_until(lambda: kin() == [])
@@ -237,7 +249,7 @@ def test_what_a_process_started_ends_with_its_prefetcher(tmp_path: Path) -> None
 
 
 def test_a_second_supervisor_ends_at_once(tmp_path: Path) -> None:
-    with marked() as kin, make(write_numbers(tmp_path / "d", 64), process=gated(tmp_path / "gate", 0)) as dataset:
+    with marked() as kin, make(write_numbers(tmp_path / "d", 64), process=gated(Gate(tmp_path / "gate"), 0)) as dataset:
         first = supervisor_of(dataset)
         assert spawn("supervisor", dataset._reader.files.fds()).wait(30) == 0
         wait_until(lambda: roles(kin())["supervisor"] == [first])
@@ -325,7 +337,7 @@ def test_a_prefetcher_of_parquet_has_imported_neither_torch_nor_datasets(tmp_pat
 
 
 def test_services_have_sessions_of_their_own(tmp_path: Path) -> None:
-    with marked() as kin, make(write_numbers(tmp_path / "d", 64), process=gated(tmp_path / "gate", 0)):
+    with marked() as kin, make(write_numbers(tmp_path / "d", 64), process=gated(Gate(tmp_path / "gate"), 0)):
         pids = wait_until(lambda: len(services(kin())) == 3 and services(kin()))
         sessions = {os.getsid(pid) for pid in pids}
         assert os.getsid(0) not in sessions
@@ -333,11 +345,11 @@ def test_services_have_sessions_of_their_own(tmp_path: Path) -> None:
 
 
 def test_services_ignore_an_interrupt(tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
+    gate = Gate(tmp_path / "gate")
     with marked() as kin, make(write_numbers(tmp_path / "d", 64), process=gated(gate, 0)) as dataset:
         pids = wait_until(lambda: len(services(kin())) == 3 and len(prefetchers_of(dataset)) == 2 and services(kin()))
         kill(*pids, sig=signal.SIGINT)
-        gate.touch()
+        gate.open()
         assert [int(s["number"]) for s in dataset.__getitems__(range(64))] == list(range(64))
         assert dataset.stats().restarts == 0
 
@@ -346,16 +358,17 @@ INTERRUPTED = """
 import sys, threading
 from pathlib import Path
 from shmloader import Options, ShmMultimodalDataset
-from support_sets import gated, wait_until
+from support_sets import Gate, gated, wait_until
 
 def tell():
-    wait_until(lambda: segment.wanted(9, 1))
+    wait_until(lambda: 9 in segment.wanted(16))
     print("waits", flush=True)
 
-name, gate = sys.argv[1], Path(sys.argv[2])
+name, gate = sys.argv[1], Gate(Path(sys.argv[2]))
 options = Options(ring_bytes="1MiB", prefetchers=1, timeout_s=60)
-with ShmMultimodalDataset(dataset_name=name, process=gated(gate, 8), options=options) as dataset:
+with ShmMultimodalDataset(dataset_name=name, process=gated(gate, 0), options=options) as dataset:
     segment = dataset._reader.attach().segment
+    wait_until(lambda: segment.stats()["num_claimed"])  # the prefetcher waits at the gate, with other rows
     thread = threading.Thread(target=tell)
     try:
         thread.start()
@@ -363,7 +376,7 @@ with ShmMultimodalDataset(dataset_name=name, process=gated(gate, 8), options=opt
     except KeyboardInterrupt:
         print("interrupted", flush=True)
     thread.join()
-    gate.touch()
+    gate.open()
     print(int(dataset[9]["number"]), dataset.stats().restarts)
 """
 
@@ -402,7 +415,7 @@ def test_services_get_the_environment_of_the_training_process(tmp_path: Path, mo
 def test_a_relative_name_is_found_by_services_that_start_after_the_folder_was_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate = tmp_path / "gate"
+    gate = Gate(tmp_path / "gate")
     write_numbers(tmp_path / "d", 64)
     monkeypatch.chdir(tmp_path)
     with make("d", process=gated(gate, 16)) as dataset:
@@ -411,7 +424,7 @@ def test_a_relative_name_is_found_by_services_that_start_after_the_folder_was_le
         victim = supervisor_of(dataset)
         kill(victim)
         wait_for_end(victim)
-        gate.touch()
+        gate.open()
         assert int(dataset[63]["number"]) == 63
 
 
@@ -514,7 +527,7 @@ def test_services_leave_no_child_of_the_training_process(tmp_path: Path) -> None
         return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
 
     before = children()
-    with make(write_numbers(tmp_path / "d", 64), process=gated(tmp_path / "gate", 0)):
+    with make(write_numbers(tmp_path / "d", 64), process=gated(Gate(tmp_path / "gate"), 0)):
         assert children() == before
 
 

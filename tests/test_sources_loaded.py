@@ -21,7 +21,8 @@ from shmloader.errors import (
     SplitNotFoundError,
 )
 from shmloader.sources import make_plan, open_reader
-from shmloader.sources.base import SourcePlan, SourceRequest
+from shmloader.sources.base import GUESSED_ROW_BYTES, SourcePlan, SourceRequest
+from shmloader.sources.rows import stream_bytes
 
 
 def png(seed: int) -> bytes:
@@ -60,13 +61,29 @@ def test_rows_come_in_the_order_of_an_indices_mapping():
     assert read_all(SourceRequest(dataset, "train")).to_pydict() == dataset.to_dict()
 
 
+def test_each_chunk_is_a_unit_of_its_own_and_has_its_part_of_the_bytes():
+    dataset = texts(150)
+    plan = make_plan(SourceRequest(dataset, "train"))
+    assert plan.units == (0, 1, 2)
+    more = 3 * stream_bytes(plan.schema)
+    assert dataset.data.nbytes <= sum(plan.chunk_bytes) - more <= dataset.data.nbytes + 150
+    assert SourcePlan.from_json(plan.to_json()) == plan
+
+
+def test_bytes_of_images_that_only_name_a_file_are_guessed(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(0))
+    dataset = Dataset.from_dict({"image": [str(tmp_path / "0.png")] * 3}).cast_column("image", Image())
+    plan = make_plan(SourceRequest(dataset, "train"))
+    assert plan.chunk_bytes == (3 * GUESSED_ROW_BYTES + stream_bytes(plan.schema),)
+
+
 def test_chunks_can_be_read_in_any_order():
     request = SourceRequest(texts(300).shuffle(seed=1), "train")
     plan = make_plan(request)
     reader = open_reader(request, plan)
     for index in (4, 0, 2, 2, 1):
         chunk = plan.chunks[index]
-        ((first, batch),) = reader.read(chunk, wanted=[chunk.first_row + 1])
+        ((first, batch),) = reader.read(chunk)
         assert first == chunk.first_row
         expected = request.dataset[chunk.first_row : chunk.first_row + chunk.num_rows]
         assert batch.column("label").to_pylist() == expected["label"]

@@ -28,8 +28,9 @@ from shmloader.errors import (
     to_wire,
 )
 from shmloader.sources import make_plan, open_reader
-from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
+from shmloader.sources.base import Reader, SourcePlan, SourceRequest
 from shmloader.sources.resolve import translated
+from shmloader.sources.rows import stream_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("SHMLOADER_TEST_DATA") or ROOT.parent / "shared" / "data")
@@ -62,7 +63,7 @@ with pa.OSFile(out, "wb") as sink, pa.ipc.new_stream(sink, plan.schema) as write
     row = 0
     for chunk in plan.chunks:
         for first, batch in reader.read(chunk):
-            assert first == row and 0 < batch.num_rows <= 64, (first, row, batch.num_rows)
+            assert first == row and batch.num_rows, (first, row, batch.num_rows)
             row += batch.num_rows
             writer.write_batch(batch)
 reader.close()
@@ -119,7 +120,6 @@ def read_all(request: SourceRequest, plan: SourcePlan) -> pa.Table:
     reader.close()
     firsts = [first for first, _ in parts]
     assert firsts == list(np.cumsum([0] + [batch.num_rows for _, batch in parts[:-1]]))
-    assert max(batch.num_rows for _, batch in parts) <= 64
     return pa.Table.from_batches([batch for _, batch in parts], plan.schema)
 
 
@@ -175,23 +175,97 @@ def test_local_rows_are_the_files_rows_with_the_needed_columns_only(tmp_path):
     assert plan.shard_bytes == tuple(Path(shard).stat().st_size for shard in plan.shards)
 
 
-def test_local_row_group_is_cut_into_pieces_of_64_rows(tmp_path):
+def test_row_group_is_a_chunk_and_a_unit(tmp_path):
     plan, _ = plan_and_read(write_texts(tmp_path, [str(i) for i in range(150)], row_group=100))
-    assert [(c.first_row, c.num_rows, c.piece[:2]) for c in plan.chunks] == [
-        (0, 64, (0, 0)),
-        (64, 36, (0, 64)),
-        (100, 50, (1, 0)),
+    assert [(c.first_row, c.num_rows, c.piece[:3]) for c in plan.chunks] == [
+        (0, 100, (0, 0, 100)),
+        (100, 50, (1, 0, 50)),
     ]
+    assert plan.units == (0, 1)
+
+
+def test_bytes_of_a_chunk_are_at_least_those_that_its_types_need(tmp_path):
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"text": ["a"] * 10_000, "label": [7] * 10_000}), path)  # the file has each value once
+    plan, table = plan_and_read(path)
+    assert 10_000 * 12 <= plan.chunk_bytes[0] <= table.nbytes
+    sink = pa.MockOutputStream()
+    with pa.ipc.new_stream(sink, plan.schema) as stream:
+        stream.write_table(pa.table({"text": ["a"], "label": [7]}))
+    assert sink.size() <= stream_bytes(plan.schema)
 
 
 def test_local_row_group_too_large_to_keep_is_cut_coarsely_and_read_in_bounded_batches(tmp_path, monkeypatch):
     monkeypatch.setattr("shmloader.sources.parquet_plan.KEPT_TABLE_BYTES", 20_000)
-    monkeypatch.setattr("shmloader.sources.parquet.KEPT_TABLE_BYTES", 20_000)
-    monkeypatch.setattr("shmloader.sources.parquet.PRE_BUFFER_BYTES", 1000)
+    monkeypatch.setattr("shmloader.sources.parquet.STREAM_BATCH_BYTES", 1000)
     texts = [f"{i} " + "x" * (i % 200) for i in range(1000)]
     plan, table = plan_and_read(write_texts(tmp_path, texts, row_group=700))
-    assert 64 < max(chunk.num_rows for chunk in plan.chunks) < 700
+    assert [chunk.num_rows for chunk in plan.chunks] == [175] * 4 + [150] * 2
+    assert plan.units == (0, 0, 0, 0, 4, 4)
+    assert all(10_000 < size <= 21_000 for size in plan.chunk_bytes)
     assert table.column("text").to_pylist() == texts
+
+
+def cut_group(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[SourcePlan, Reader, list[str], list[int]]:
+    """A row group of 1,000 texts in four pieces, and where its batches begin when they are decompressed."""
+    monkeypatch.setattr("shmloader.sources.parquet_plan.KEPT_TABLE_BYTES", 9_000)
+    monkeypatch.setattr("shmloader.sources.parquet.STREAM_BATCH_BYTES", 1000)
+    texts = [f"{i:06} " + "x" * 20 for i in range(1000)]
+    request = SourceRequest(str(write_texts(folder, texts)), "train")
+    plan = make_plan(request)
+    assert [chunk.num_rows for chunk in plan.chunks] == [250] * 4
+    decompressed: list[int] = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def counted(self: pq.ParquetFile, *args: object, **kwargs: object) -> Iterator[pa.RecordBatch]:
+        for batch in iter_batches(self, *args, **kwargs):
+            decompressed.append(int(batch.column("text")[0].as_py()[:6]))
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", counted)
+    return plan, open_reader(request, plan), texts, decompressed
+
+
+def test_next_piece_of_a_row_group_goes_on_in_the_same_stream(tmp_path, monkeypatch):
+    plan, reader, texts, decompressed = cut_group(tmp_path, monkeypatch)
+    for index in (0, 1, 3):  # the third is passed over
+        chunk = plan.chunks[index]
+        got = [text for _, batch in reader.read(chunk) for text in batch.column("text").to_pylist()]
+        assert got == texts[chunk.first_row : chunk.first_row + 250]
+        if index == 0:
+            assert max(decompressed) < 300  # no more than is needed
+    assert decompressed == sorted(set(decompressed))
+    assert len(decompressed) > 20
+
+
+def test_piece_before_the_last_one_begins_at_the_front_again(tmp_path, monkeypatch):
+    plan, reader, texts, decompressed = cut_group(tmp_path, monkeypatch)
+    for index in (2, 1, 1):
+        chunk = plan.chunks[index]
+        got = [text for _, batch in reader.read(chunk) for text in batch.column("text").to_pylist()]
+        assert got == texts[chunk.first_row : chunk.first_row + 250]
+    assert decompressed.count(0) == 3
+
+
+def test_reading_of_whole_groups_between_pieces_gives_the_right_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("shmloader.sources.parquet_plan.KEPT_TABLE_BYTES", 9_000)
+    texts = [f"{i:06} " + "x" * 20 for i in range(1100)]
+    request = SourceRequest(str(write_texts(tmp_path, texts, row_group=1000)), "train")
+    plan = make_plan(request)
+    assert plan.units == (0, 0, 0, 0, 4)
+    reader = open_reader(request, plan)
+    for index in (0, 4, 1, 2, 4, 3):
+        chunk = plan.chunks[index]
+        got = [text for _, batch in reader.read(chunk) for text in batch.column("text").to_pylist()]
+        assert got == texts[chunk.first_row : chunk.first_row + chunk.num_rows]
+
+
+def test_each_read_touches(tmp_path, monkeypatch):
+    touched: list[int] = []
+    request = SourceRequest(str(write_texts(tmp_path, ["a"] * 10)), "train")
+    plan = make_plan(request)
+    list(open_reader(request, plan, lambda: touched.append(1)).read(plan.chunks[0]))
+    assert touched
 
 
 def test_chunks_can_be_read_in_any_order_and_again(tmp_path):
@@ -203,28 +277,6 @@ def test_chunks_can_be_read_in_any_order_and_again(tmp_path):
         chunk = plan.chunks[index]
         got = [text for _, batch in reader.read(chunk) for text in batch.column("text").to_pylist()]
         assert got == texts[chunk.first_row : chunk.first_row + chunk.num_rows]
-
-
-def test_batches_that_hold_wanted_rows_come_first(tmp_path):
-    request = SourceRequest(str(write_texts(tmp_path, [str(i) for i in range(300)], row_group=300)), "train")
-    plan = make_plan(request)
-    whole = Chunk(0, 300, 0, plan.chunks[0].piece)
-    parts = list(open_reader(request, plan).read(whole, wanted=[299, 130]))
-    assert [first for first, _ in parts] == [128, 256, 0, 64, 192]
-    assert all(batch.column("text").to_pylist()[0] == str(first) for first, batch in parts)
-
-
-def test_row_group_is_read_once_for_all_of_its_pieces(tmp_path, monkeypatch):
-    request = SourceRequest(str(write_texts(tmp_path, [str(i) for i in range(640)], row_group=640)), "train")
-    plan = make_plan(request)
-    calls: list[int] = []
-    read_row_group = pq.ParquetFile.read_row_group
-    monkeypatch.setattr(
-        pq.ParquetFile, "read_row_group", lambda self, i, **k: (calls.append(i), read_row_group(self, i, **k))[1]
-    )
-    read_all(request, plan)
-    assert len(plan.chunks) == 10
-    assert calls == [0]
 
 
 def test_every_column_is_read_for_whole_rows(tmp_path):
@@ -320,13 +372,13 @@ def test_truncated_file_is_a_read_error_that_names_the_shard(tmp_path):
 
 
 def test_file_truncated_after_planning_is_a_read_error_with_the_rows(tmp_path):
-    request = SourceRequest(str(write_texts(tmp_path, [f"{i} {i * 7}" for i in range(300)])), "train")
+    request = SourceRequest(str(write_texts(tmp_path, [f"{i} {i * 7}" for i in range(300)], 100)), "train")
     plan = make_plan(request)
     reader = open_reader(request, plan)
     Path(plan.shards[0]).write_bytes(Path(plan.shards[0]).read_bytes()[:500])
-    with pytest.raises(ReadError, match=r"rows 64 to 127 from .*train-00000.parquet") as caught:
+    with pytest.raises(ReadError, match=r"rows 100 to 199 from .*train-00000.parquet") as caught:
         list(reader.read(plan.chunks[1]))
-    assert (caught.value.shard, caught.value.first_row, caught.value.num_rows) == (plan.shards[0], 64, 64)
+    assert (caught.value.shard, caught.value.first_row, caught.value.num_rows) == (plan.shards[0], 100, 100)
 
 
 def test_damaged_pages_are_a_read_error_with_the_rows(tmp_path):
@@ -336,7 +388,7 @@ def test_damaged_pages_are_a_read_error_with_the_rows(tmp_path):
     content = bytearray(Path(plan.shards[0]).read_bytes())
     content[4:2000] = b"\xff" * 1996
     Path(plan.shards[0]).write_bytes(content)
-    with pytest.raises(ReadError, match="cannot read rows 0 to 63") as caught:
+    with pytest.raises(ReadError, match="cannot read rows 0 to 499") as caught:
         list(open_reader(request, plan).read(plan.chunks[0]))
     assert caught.value.__cause__ is not None
 
@@ -399,12 +451,11 @@ def test_hub_fetches_only_the_needed_columns(hub, tmp_path):
 def test_hub_row_group_too_large_to_buffer_is_streamed_and_fetched_about_once(hub, tmp_path):
     folder = write_images(hub.root / "org" / "pictures", {"train-0.parquet": 240}, side=250, row_group=240)
     num_bytes = (folder / "data" / "train-0.parquet").stat().st_size
-    hub_plan(hub, "org/pictures", tmp_path)
+    small = "import shmloader.sources.parquet_plan as p; p.KEPT_TABLE_BYTES = 3 << 20\n"
+    run(small + PLAN, ["org/pictures", "{}", tmp_path / "plan.json"], tmp_path, HF_ENDPOINT=hub.endpoint)
+    assert len(json.loads((tmp_path / "plan.json").read_text())["chunks"]) > 2
     hub.reset()
-    small = (
-        "import shmloader.sources.parquet as p\n"
-        "p.PRE_BUFFER_BYTES = p.KEPT_TABLE_BYTES = p.STREAM_BUFFER_BYTES = 1 << 20\n"
-    )
+    small = "import shmloader.sources.parquet as p; p.STREAM_BUFFER_BYTES = 1 << 20\n"
     out = tmp_path / "rows.arrow"
     run(small + READ, ["org/pictures", "{}", tmp_path / "plan.json", out], tmp_path, HF_ENDPOINT=hub.endpoint)
     assert hub.num_bytes <= 1.1 * num_bytes

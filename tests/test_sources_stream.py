@@ -27,7 +27,8 @@ from PIL import Image as PillowImage
 
 from shmloader.errors import EmptyDatasetError, ReadError, SourceError, SplitNotFoundError
 from shmloader.sources import make_plan, open_reader
-from shmloader.sources.base import SourcePlan, SourceRequest
+from shmloader.sources.base import GUESSED_ROW_BYTES, SourcePlan, SourceRequest
+from shmloader.sources.rows import stream_bytes
 
 
 def picture(seed: int) -> PillowImage.Image:
@@ -116,6 +117,17 @@ def test_shuffled_stream_gives_the_same_order_to_a_reader_that_opens_it_again():
     table = read_all(request)
     assert table.column("label").to_pylist() == [row["label"] for row in stream]
     assert read_all(request).equals(table)
+
+
+def test_all_chunks_are_one_unit_and_their_bytes_are_the_cards_or_guessed(tmp_path):
+    plan = make_plan(SourceRequest(STREAMS["arrow"](), "train"))
+    assert plan.units == (0, 0, 0)
+    more = stream_bytes(plan.schema)
+    assert plan.chunk_bytes == tuple(num * GUESSED_ROW_BYTES + more for num in (64, 64, 22))
+    assert SourcePlan.from_json(plan.to_json()) == plan
+    write_json(tmp_path / "train.jsonl", 100)
+    (tmp_path / "README.md").write_text(card(100).replace("num_bytes: 1\n", "num_bytes: 5000\n"))
+    assert make_plan(SourceRequest(str(tmp_path), "train")).chunk_bytes == (64 * 50 + more, 36 * 50 + more)
 
 
 def test_next_chunk_continues_the_open_stream():

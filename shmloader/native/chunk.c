@@ -1,21 +1,31 @@
-/* chunk.c - which prefetcher reads what: chunks are taken by the number of rows that readers wait for.
+/* chunk.c - chunks: who fetches which, and whether its rows STAY.
  *
- * A chunk's `word` is changed by one store, so a kill leaves it either before or after a step; counters and the
- * cursor are derived (shml_rebuild counts again). A chunk whose claimant died is TODO again with one more death
- * on record; at SHML_MAX_ATTEMPTS it is set aside, so that a row that kills its decoder cannot do so for ever.
+ * A chunk's `word` is changed by one store, so a kill leaves it either before or after a step; counts and the promise
+ * are derived. A chunk whose fetcher died is TODO again with one more death on record; at SHML_MAX_ATTEMPTS it is
+ * set aside, so that bytes that kill who reads them cannot do so for ever. It is DONE in the step that makes its last
+ * row final, whoever has claimed it by then.
+ *
+ * Resident is promised to chunks before their rows are decoded, by the mean size of the samples so far, and
+ * over-promised by one chunk: what then finds no room takes its chunk's STAYS away (shml_chunk_unstay), and is not
+ * promised again. It is decided when the chunk is fetched, and again with each row that is made of it, since the mean
+ * changes.
+ *
+ * A kill ...                                leaves ...                               repaired by
+ *   in claim, before the word               its unit's reader dead                   whoever claims there next
+ *   in claim, after the word                CLAIMED, counts wrong, `dirty`           rebuild, then reap: TODO
+ *   while fetching                          CLAIMED                                  reap: TODO, one more death
+ *   in end                                  CLAIMED, or its end; counts wrong        rebuild, reap
+ *   in settle, before the word              all rows final, `dirty`                  rebuild: DONE
  */
 #include "failpoint.h"
 #include "layout.h"
 
-static uint32_t word_state(uint32_t word) { return word & 0xff; }
-static uint32_t word_deaths(uint32_t word) { return (word >> 8) & 0xff; }
-static uint32_t word_slot(uint32_t word) { return word >> 16; }
-static uint32_t make_word(uint32_t state, uint32_t deaths, uint32_t slot)
+static uint32_t make_word(uint32_t state, uint32_t stays, uint32_t deaths, uint32_t slot)
 {
-    return state | (deaths & 0xff) << 8 | slot << 16;
+    return state | (stays & SHML_CHUNK_STAYS) | (deaths & 0xff) << 8 | slot << 16;
 }
 
-static uint32_t *counter(struct shml_control *c, uint32_t state)
+static uint32_t *counter(shml_control_t *c, uint32_t state)
 {
     switch (state) {
     case SHML_CHUNK_TODO: return &c->chunks_todo;
@@ -25,27 +35,32 @@ static uint32_t *counter(struct shml_control *c, uint32_t state)
     }
 }
 
-static void set_word(struct shml_control *c, uint32_t index, uint32_t state, uint32_t deaths, uint32_t slot)
+uint64_t shml_chunk_promise(const shml_chunk_t *chunk)
+{
+    uint32_t word = chunk->word;
+    return (word & SHML_CHUNK_STAYS) && shml_word_state(word) <= SHML_CHUNK_CLAIMED
+               ? chunk->num_rows - chunk->num_stored
+               : 0;
+}
+
+static void set_word(shml_control_t *c, uint32_t index, uint32_t word)
 {
     shml_chunk_t *chunk = &shml_chunks(c)[index];
-    uint32_t before = word_state(chunk->word);
-    shml_begin_change(c);
+    uint32_t was = shml_begin_change(c);
     SHML_FP("chunk.set.dirty");
-    atomic_store_explicit(&chunk->word, make_word(state, deaths, slot), memory_order_release);
-    SHML_FP("chunk.set.word");
-    --*counter(c, before);
+    --*counter(c, shml_word_state(chunk->word));
+    c->promised_rows -= shml_chunk_promise(chunk);
     SHML_FP("chunk.set.counted_out");
-    ++*counter(c, state);
-    if (state == SHML_CHUNK_TODO && index < c->chunk_cursor)
-        c->chunk_cursor = index;
+    atomic_store_explicit(&chunk->word, word, memory_order_release);
+    SHML_FP("chunk.set.word");
+    c->promised_rows += shml_chunk_promise(chunk);
+    ++*counter(c, shml_word_state(word));
     SHML_FP("chunk.set.counted_in");
-    shml_end_change(c);
+    shml_end_change(c, was);
     atomic_fetch_add_explicit(&c->progress, 1, memory_order_relaxed);
 }
 
-static int has_row(const shml_chunk_t *chunk, uint64_t id) { return id - chunk->first_row < chunk->num_rows; }
-
-int32_t shml_chunk_of(struct shml_control *c, uint64_t id)
+int32_t shml_chunk_of(shml_control_t *c, uint64_t id)
 {
     const shml_chunk_t *chunks = shml_chunks(c);
     uint32_t low = 0, high = c->num_chunks;
@@ -61,126 +76,216 @@ int32_t shml_chunk_of(struct shml_control *c, uint64_t id)
     return (int32_t)(low - 1);
 }
 
-/* The TODO chunk with most wanted rows, -1: nobody wants any. */
-static int32_t most_wanted(struct shml_control *c)
+void shml_chunk_settle(shml_seg_t *seg, uint64_t id)
 {
-    shml_client_t *clients = shml_clients(c);
-    shml_chunk_t *chunks = shml_chunks(c);
-    int32_t best = -1;
-    for (int pass = 0; pass < 2; pass++) { /* first zero the scratch counters, then count */
-        for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
-            if (clients[slot].state != SHML_CLIENT_ACTIVE)
-                continue;
-            const uint64_t *wants = shml_wants(c, slot);
-            int32_t index = -1;
-            for (uint32_t i = 0; i < clients[slot].num_wants && i < SHML_MAX_WANTS; i++) {
-                if (index < 0 || !has_row(&chunks[index], wants[i])) /* often the same chunk as the one before */
-                    index = shml_chunk_of(c, wants[i]);
-                if (index < 0 || word_state(chunks[index].word) != SHML_CHUNK_TODO)
-                    continue;
-                chunks[index].waiting = pass == 0 ? 0 : chunks[index].waiting + 1;
-                if (pass == 1 && (best < 0 || chunks[index].waiting > chunks[best].waiting))
-                    best = index;
-            }
-        }
-    }
-    return best;
+    shml_control_t *c = seg->control;
+    int32_t index = shml_chunk_of(c, id);
+    if (index < 0)
+        return;
+    const shml_chunk_t *chunk = &shml_chunks(c)[index];
+    uint32_t word = chunk->word;
+    if (chunk->num_final != chunk->num_rows || shml_word_state(word) > SHML_CHUNK_CLAIMED)
+        return;
+    set_word(c, (uint32_t)index, make_word(SHML_CHUNK_DONE, word, shml_word_deaths(word), 0));
+    shml_work_tell(seg); /* its raw record may be evicted */
 }
 
-static int32_t first_todo(struct shml_control *c)
+void shml_chunk_unstay(shml_seg_t *seg, uint32_t chunk)
 {
-    const shml_chunk_t *chunks = shml_chunks(c);
-    while (c->chunk_cursor < c->num_chunks && word_state(chunks[c->chunk_cursor].word) != SHML_CHUNK_TODO)
-        c->chunk_cursor++;
-    return c->chunk_cursor < c->num_chunks ? (int32_t)c->chunk_cursor : -1;
+    set_word(seg->control, chunk, shml_chunks(seg->control)[chunk].word & ~SHML_CHUNK_STAYS);
+    shml_work_tell(seg); /* its raw record may be evicted */
 }
 
-int shml_chunk_claim(shml_seg_t *seg, uint32_t *chunk)
+/* So many chunks may STAY before anything is known of their samples' size (guessed). */
+#define UNKNOWN_CHUNKS 8u
+
+/* Is there resident room that is promised to nobody, by the mean size of the samples so far? Before anything is known of
+ * their size, for some few chunks that are fetched, and for what is already being made. */
+static int may_stay(const shml_control_t *c, const shml_chunk_t *chunk, int is_fetched)
+{
+    const shml_region_t *resident = &c->regions[SHML_RESIDENT];
+    uint64_t limit = shml_limit(resident) - resident->begin;
+    if (resident->searched || limit == 0 || shml_word_state(chunk->word) > SHML_CHUNK_CLAIMED)
+        return 0;
+    uint64_t mean = c->num_commits > 0 ? c->commit_bytes / c->num_commits : c->record_bytes;
+    if (mean == 0)
+        return is_fetched || c->promised_rows < UNKNOWN_CHUNKS * (uint64_t)chunk->num_rows;
+    return resident->used_bytes + c->promised_rows * mean < limit;
+}
+
+int shml_chunk_stay(shml_seg_t *seg, uint32_t index)
+{
+    shml_control_t *c = seg->control;
+    const shml_chunk_t *chunk = &shml_chunks(c)[index];
+    if (!(chunk->word & SHML_CHUNK_STAYS) && may_stay(c, chunk, 1))
+        set_word(c, index, chunk->word | SHML_CHUNK_STAYS);
+    return (chunk->word & SHML_CHUNK_STAYS) != 0;
+}
+
+static int has_raw(shml_seg_t *seg, uint32_t chunk, int *status)
+{
+    const shml_desc_t *desc = shml_find(seg, SHML_RAW | chunk, status);
+    return desc != NULL && desc->state == SHML_DESC_READY;
+}
+
+int shml_chunk_look(shml_seg_t *seg, const uint32_t *chunks, uint32_t n, uint8_t *states)
 {
     int status = shml_lock(seg);
     if (status != SHML_OK)
         return status;
-    struct shml_control *c = seg->control;
-    int32_t index = -1;
+    shml_control_t *c = seg->control;
+    for (uint32_t i = 0; i < n && status == SHML_OK; i++) {
+        if (chunks[i] >= c->num_chunks) {
+            status = SHML_E_INVAL;
+            break;
+        }
+        states[i] = (uint8_t)(shml_chunks(c)[chunks[i]].word & (0xf | SHML_CHUNK_STAYS));
+        states[i] |= has_raw(seg, chunks[i], &status) ? SHML_CHUNK_HAS_RAW : 0;
+    }
+    shml_unlock(seg);
+    return status;
+}
+
+/* ------------------------------------------------ fetching -------------------------------------------- */
+
+/* Does a living client other than `slot` read the chunk's unit? A chunk alone in its unit needs no one reader. */
+static int unit_is_taken(shml_control_t *c, const shml_chunk_t *first, uint32_t slot)
+{
+    return first->reader != 0 && first->reader - 1 != slot && shml_is_active(c, first->reader - 1) &&
+           shml_clients(c)[first->reader - 1].gen == first->reader_gen;
+}
+
+static int claim_locked(shml_seg_t *seg, uint32_t index)
+{
+    shml_control_t *c = seg->control;
+    shml_chunk_t *chunks = shml_chunks(c), *chunk = &chunks[index];
+    uint32_t word = chunk->word, slot = (uint32_t)seg->self;
+    shml_chunk_t *unit = chunk->unit <= index ? &chunks[chunk->unit] : chunk;
+    int status, is_alone = unit == chunk && (index + 1 == c->num_chunks || chunks[index + 1].unit != chunk->unit);
+    if (shml_word_state(word) > SHML_CHUNK_CLAIMED)
+        return SHML_E_NOTFOUND;
+    if (shml_word_state(word) == SHML_CHUNK_CLAIMED)
+        return SHML_E_STALE;
+    if (has_raw(seg, index, &status) || status != SHML_OK)
+        return status == SHML_OK ? SHML_E_EXISTS : status;
+    if (!is_alone && unit_is_taken(c, unit, slot))
+        return SHML_E_STALE;
+    uint32_t stays = (word & SHML_CHUNK_STAYS) || may_stay(c, chunk, 0) ? SHML_CHUNK_STAYS : 0;
+    if (!is_alone && (unit->reader != slot + 1 || unit->reader_gen != shml_clients(c)[slot].gen)) {
+        unit->reader = 0; /* a kill leaves no slot with another's generation */
+        SHML_FP("chunk.claim.no_reader");
+        unit->reader_gen = shml_clients(c)[slot].gen;
+        SHML_FP("chunk.claim.reader_gen");
+        unit->reader = slot + 1;
+        SHML_FP("chunk.claim.reader");
+    }
+    set_word(c, index, make_word(SHML_CHUNK_CLAIMED, stays, shml_word_deaths(word), slot));
+    return SHML_OK;
+}
+
+int shml_chunk_claim(shml_seg_t *seg, uint32_t chunk)
+{
+    int status = shml_lock(seg);
+    if (status != SHML_OK)
+        return status;
     if (seg->self < 0)
         status = SHML_E_LEFT;
-    else if (c->chunks_todo > 0 && !(c->is_sequential && c->chunks_claimed > 0)) {
-        index = c->is_sequential ? -1 : most_wanted(c);
-        if (index < 0)
-            index = first_todo(c);
-    }
-    if (index >= 0) {
-        set_word(c, (uint32_t)index, SHML_CHUNK_CLAIMED, word_deaths(shml_chunks(c)[index].word), (uint32_t)seg->self);
-        *chunk = (uint32_t)index;
-    } else if (status == SHML_OK) {
-        status = SHML_E_NOTFOUND;
-    }
+    else
+        status = chunk < seg->control->num_chunks ? claim_locked(seg, chunk) : SHML_E_INVAL;
     shml_unlock(seg);
     return status;
 }
 
-static void tell_services(shml_seg_t *seg)
+/* It will not be read: its rows that are not there are final. */
+static void set_broken(shml_seg_t *seg, uint32_t index, uint32_t deaths)
 {
-    struct shml_control *c = seg->control;
-    atomic_fetch_add_explicit(&c->work, 1, memory_order_release);
-    seg->env->wake(seg->env->ctx, (uint32_t *)&c->work);
+    const shml_chunk_t *chunk = &shml_chunks(seg->control)[index];
+    set_word(seg->control, index, make_word(SHML_CHUNK_BROKEN, chunk->word, deaths, 0));
+    shml_wants_wake(seg, chunk->first_row, chunk->num_rows);
 }
 
-static int finish(shml_seg_t *seg, uint32_t index, uint32_t state)
+int shml_chunk_end(shml_seg_t *seg, uint32_t chunk, int outcome)
 {
+    if (chunk >= seg->control->num_chunks || outcome < SHML_FETCH_GIVEN_UP || outcome > SHML_FETCH_BROKEN)
+        return SHML_E_INVAL;
     int status = shml_lock(seg);
     if (status != SHML_OK)
         return status;
-    struct shml_control *c = seg->control;
-    uint32_t word = index < c->num_chunks ? shml_chunks(c)[index].word : 0;
-    if (index >= c->num_chunks)
-        status = SHML_E_INVAL;
-    else if (seg->self < 0)
+    shml_control_t *c = seg->control;
+    uint32_t word = shml_chunks(c)[chunk].word, deaths = shml_word_deaths(word);
+    if (seg->self < 0)
         status = SHML_E_LEFT;
-    else if (word_state(word) != SHML_CHUNK_CLAIMED || word_slot(word) != (uint32_t)seg->self)
+    else if (shml_word_state(word) != SHML_CHUNK_CLAIMED || shml_word_slot(word) != (uint32_t)seg->self)
         status = SHML_E_STALE;
+    else if (outcome == SHML_FETCH_BROKEN)
+        set_broken(seg, chunk, deaths);
     else {
-        const shml_chunk_t *chunk = &shml_chunks(c)[index];
-        set_word(c, index, state, word_deaths(word), 0);
-        if (state == SHML_CHUNK_BROKEN)
-            shml_wants_wake(seg, chunk->first_row, chunk->num_rows);
-        if (c->chunks_todo == 0)
-            tell_services(seg); /* those that wait for a chunk which will not come back */
+        c->num_fetched += outcome == SHML_FETCH_OK;
+        SHML_FP("chunk.end.counted");
+        set_word(c, chunk, make_word(SHML_CHUNK_TODO, word, outcome == SHML_FETCH_OK ? 0 : deaths, 0));
     }
+    if (status == SHML_OK)
+        shml_work_tell(seg);
     shml_unlock(seg);
     return status;
 }
-
-int shml_chunk_done(shml_seg_t *seg, uint32_t chunk) { return finish(seg, chunk, SHML_CHUNK_DONE); }
-int shml_chunk_broken(shml_seg_t *seg, uint32_t chunk) { return finish(seg, chunk, SHML_CHUNK_BROKEN); }
 
 void shml_chunk_release(shml_seg_t *seg, uint32_t slot, int is_own_death)
 {
-    struct shml_control *c = seg->control;
-    shml_chunk_t *chunks = shml_chunks(c);
+    shml_control_t *c = seg->control;
+    const shml_chunk_t *chunks = shml_chunks(c);
     for (uint32_t i = 0; c->chunks_claimed > 0 && i < c->num_chunks; i++) {
         uint32_t word = chunks[i].word;
-        if (word_state(word) != SHML_CHUNK_CLAIMED || word_slot(word) != slot)
+        if (shml_word_state(word) != SHML_CHUNK_CLAIMED || shml_word_slot(word) != slot)
             continue;
-        uint32_t deaths = word_deaths(word) + (is_own_death ? 1 : 0);
-        if (deaths >= SHML_MAX_ATTEMPTS) {
-            set_word(c, i, SHML_CHUNK_BROKEN, deaths, 0);
-            shml_wants_wake(seg, chunks[i].first_row, chunks[i].num_rows);
-        } else {
-            set_word(c, i, SHML_CHUNK_TODO, deaths, 0);
-        }
-        tell_services(seg);
+        uint32_t deaths = shml_word_deaths(word) + (is_own_death ? 1 : 0);
+        if (deaths >= SHML_MAX_ATTEMPTS)
+            set_broken(seg, i, deaths);
+        else
+            set_word(c, i, make_word(SHML_CHUNK_TODO, word, deaths, 0));
+        shml_work_tell(seg);
     }
 }
 
-uint32_t shml_work_word(const shml_seg_t *seg)
+/* ------------------------------------------------ wanted ---------------------------------------------- */
+
+/* The chunk of a wanted id if somebody could fetch it, else NULL. *last: that of the want before, often the same. */
+static shml_chunk_t *to_fetch(shml_control_t *c, uint64_t id, int32_t *last)
 {
-    return atomic_load_explicit(&seg->control->work, memory_order_acquire);
+    shml_chunk_t *chunks = shml_chunks(c);
+    if (*last < 0 || id - chunks[*last].first_row >= chunks[*last].num_rows)
+        *last = shml_chunk_of(c, id);
+    return *last >= 0 && shml_word_state(chunks[*last].word) == SHML_CHUNK_TODO ? &chunks[*last] : NULL;
 }
 
-void shml_work_wait(shml_seg_t *seg, uint32_t seen, uint32_t timeout_ms)
-{
-    seg->env->wait(seg->env->ctx, (uint32_t *)&seg->control->work, seen, timeout_ms);
-}
+enum { ZERO, COUNT, COLLECT };
 
-void shml_touch(shml_seg_t *seg) { atomic_fetch_add_explicit(&seg->control->progress, 1, memory_order_relaxed); }
+int shml_chunks_wanted(shml_seg_t *seg, uint32_t *chunks, uint32_t *counts, uint32_t max)
+{
+    int status = shml_lock(seg);
+    if (status != SHML_OK)
+        return status;
+    shml_control_t *c = seg->control;
+    const shml_client_t *clients = shml_clients(c);
+    uint32_t found = 0;
+    for (int pass = ZERO; pass <= COLLECT; pass++) {
+        for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
+            const uint64_t *wants = shml_wants(c, slot);
+            int32_t last = -1;
+            if (clients[slot].state != SHML_CLIENT_ACTIVE)
+                continue;
+            for (uint32_t i = 0; i < clients[slot].num_wants && i < SHML_MAX_WANTS; i++) {
+                shml_chunk_t *chunk = to_fetch(c, wants[i], &last);
+                if (chunk == NULL)
+                    continue;
+                if (pass == COLLECT && chunk->waiting > 0 && found < max && !has_raw(seg, (uint32_t)last, &status)) {
+                    chunks[found] = (uint32_t)last;
+                    counts[found++] = chunk->waiting;
+                }
+                chunk->waiting = pass == COUNT ? chunk->waiting + 1 : 0; /* COLLECT: each once */
+            }
+        }
+    }
+    shml_unlock(seg);
+    return status < 0 ? status : (int)found;
+}

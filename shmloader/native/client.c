@@ -3,6 +3,7 @@
  * A kill ...                                leaves ...                        repaired by
  *   after the byte, before ACTIVE           a free byte, a FREE slot          nothing to repair
  *   at any time when ACTIVE                 a free byte, an ACTIVE slot       shml_reap of anybody
+ *   after leaving with pins                 the same, with pins alone         the same
  *   in shml_reap, at any store              the slot still ACTIVE             the next shml_reap does all again
  */
 #include <errno.h>
@@ -29,6 +30,7 @@ int shml_clients_take(shml_client_t *clients, uint32_t max_clients, int lock_fd,
         client->owner = owner;
         client->owner_gen = owner_gen;
         client->num_wants = 0;
+        client->want_gen += client->want_gen & 1;
         SHML_FP("client.take.filled");
         atomic_store_explicit(&client->state, SHML_CLIENT_ACTIVE, memory_order_release);
         SHML_FP("client.take.active");
@@ -37,13 +39,39 @@ int shml_clients_take(shml_client_t *clients, uint32_t max_clients, int lock_fd,
     return SHML_E_CLIENTS;
 }
 
+/* A client that has left with pins enters again: its slot and its byte are still its own. */
+static int come_back(shml_seg_t *seg, uint32_t role, int32_t owner, uint32_t owner_gen)
+{
+    if (seg->pin_counts == NULL)
+        return 0;
+    pthread_mutex_lock(seg->pin_lock);
+    uint32_t leaving = seg->leaving;
+    if (leaving != 0) {
+        shml_client_t *client = &shml_clients(seg->control)[leaving - 1];
+        client->gen++;
+        client->owner = owner;
+        client->owner_gen = owner_gen;
+        SHML_FP("client.back.filled");
+        client->role = role;
+        SHML_FP("client.back.role");
+        seg->self = (int32_t)leaving - 1;
+        seg->leaving = 0;
+    }
+    pthread_mutex_unlock(seg->pin_lock);
+    return leaving != 0;
+}
+
 int shml_client_register(shml_seg_t *seg, uint32_t role, int32_t owner, uint32_t owner_gen)
 {
-    struct shml_control *c = seg->control;
+    shml_control_t *c = seg->control;
     for (int attempt = 0;; attempt++) {
         int status = shml_lock(seg);
         if (status != SHML_OK)
             return status;
+        if (come_back(seg, role, owner, owner_gen)) {
+            shml_unlock(seg);
+            return SHML_OK;
+        }
         int slot = shml_clients_take(shml_clients(c), SHML_MAX_CLIENTS, seg->lock_fd, seg->env, role, owner, owner_gen);
         shml_unlock(seg);
         if (slot >= 0) {
@@ -68,41 +96,51 @@ static int supervisor_lives(shml_seg_t *seg, const shml_client_t *client)
            seg->env->alive(seg->env->ctx, seg->lock_fd, (uint32_t)client->owner, owner);
 }
 
-/* Undo what the client in `slot` had under way. It is dead, or this process and leaving. */
+/* Undo what the client in `slot` had under way, all but its pins. It is dead, or this process and leaving. */
 static int clean_up(shml_seg_t *seg, uint32_t slot, int is_dead)
 {
-    struct shml_control *c = seg->control;
-    shml_client_t *client = &shml_clients(c)[slot];
-    shml_desc_t *descs = shml_descs(c);
-    for (uint32_t i = 0; c->num_reserved > 0 && i < c->desc_end; i++) {
-        if (descs[i].state == SHML_DESC_RESERVED && descs[i].owner == slot) {
-            int status = shml_desc_hole(seg, i);
-            if (status != SHML_OK)
-                return status;
-            SHML_FP("client.clean.record");
-        }
-    }
-    /* A prefetcher that went down with its supervisor says nothing about the chunk it was reading. */
+    const shml_client_t *client = &shml_clients(seg->control)[slot];
+    /* A prefetcher that went down with its supervisor says nothing about what it was at. */
     int is_own_death = is_dead && (client->owner < 0 || supervisor_lives(seg, client));
-    shml_chunk_release(seg, slot, is_own_death);
+    /* Which of the two it was that killed it nobody knows: the rows, which are tried alone then. A chunk that kills who
+     * fetches it does so also when no rows are left to decode. */
+    int had_rows = client->num_working > 0;
+    int status = shml_claims_release(seg, slot, is_own_death);
+    if (status != SHML_OK)
+        return status;
+    SHML_FP("client.clean.rows");
+    shml_chunk_release(seg, slot, is_own_death && !had_rows);
     SHML_FP("client.clean.chunks");
-    client->num_wants = 0;
-    /* Last: until here the next one finds the same dead client and does all of it again. */
-    atomic_store_explicit(&client->state, SHML_CLIENT_FREE, memory_order_release);
-    SHML_FP("client.clean.free");
+    shml_orders_release(seg, slot);
+    SHML_FP("client.clean.orders");
+    shml_wants_end(seg, slot);
+    SHML_FP("client.clean.wants");
     return SHML_OK;
+}
+
+/* Last: until here the next one finds the same dead client and does all of it again. */
+static void free_slot(shml_seg_t *seg, uint32_t slot)
+{
+    atomic_store_explicit(&shml_clients(seg->control)[slot].state, SHML_CLIENT_FREE, memory_order_release);
+    SHML_FP("client.clean.free");
 }
 
 void shml_client_unregister(shml_seg_t *seg)
 {
-    int status = shml_lock(seg);
+    int status = shml_lock(seg), keeps = 0;
     int32_t slot = seg->self;
     if (slot >= 0 && status == SHML_OK)
         (void)clean_up(seg, (uint32_t)slot, 0); /* what it finds damaged poisons the segment */
+    if (slot >= 0)
+        keeps = shml_pins_keep(seg, (uint32_t)slot);
     seg->self = -1; /* under the mutex: another thread's call has either ended or will see it */
+    if (keeps)
+        shml_clients(seg->control)[slot].role = 0; /* counts as nobody's reader any more */
+    else if (slot >= 0 && status == SHML_OK)
+        free_slot(seg, (uint32_t)slot);
     if (status == SHML_OK)
         shml_unlock(seg);
-    if (slot >= 0)
+    if (slot >= 0 && !keeps)
         seg->env->hold(seg->env->ctx, seg->lock_fd, (uint32_t)slot, 0);
 }
 
@@ -113,7 +151,7 @@ uint32_t shml_client_gen(const shml_seg_t *seg, int32_t slot)
 
 int shml_reap(shml_seg_t *seg, int now)
 {
-    struct shml_control *c = seg->control;
+    shml_control_t *c = seg->control;
     const shml_env_t *env = seg->env;
     uint64_t last = atomic_load_explicit(&c->reaped_at_ns, memory_order_relaxed), t = env->now_ns(env->ctx);
     if (!now && t - last < (uint64_t)SHML_TICK_MS * 1000000u)
@@ -139,6 +177,10 @@ int shml_reap(shml_seg_t *seg, int now)
             c->num_reaped++;
             num_reaped++;
             status = clean_up(seg, slot, 1);
+            if (status == SHML_OK) {
+                shml_pins_clear(seg, slot);
+                free_slot(seg, slot);
+            }
         }
         shml_unlock(seg);
         if (status != SHML_OK)

@@ -20,14 +20,24 @@ static uint32_t abi_hash(void)
         sizeof(shml_desc_t),
         sizeof(struct shml_client),
         sizeof(shml_chunk_t),
+        sizeof(shml_order_t),
+        sizeof(shml_region_t),
+        sizeof(shml_shared_text_t),
         sizeof(pthread_mutex_t),
         offsetof(struct shml_control, mutex),
-        offsetof(struct shml_control, backed_end),
-        offsetof(struct shml_control, head),
+        offsetof(struct shml_control, regions),
+        offsetof(struct shml_control, num_reaped),
+        offsetof(struct shml_control, num_ready),
         offsetof(struct shml_control, progress),
+        offsetof(struct shml_control, num_orders),
         (uint64_t)sysconf(_SC_PAGESIZE),
+        SHML_MAX_CLIENTS,
         SHML_MAX_WANTS,
+        SHML_MAX_ORDERS,
+        SHML_PIN_WORDS,
         SHML_TEXT_BYTES,
+        SHML_NUM_TEXTS,
+        SHML_ALIGN,
     };
     uint64_t hash = UINT64_C(14695981039346656037); /* FNV-1a, 64 bit: isthe.com/chongo/tech/comp/fnv */
     for (size_t i = 0; i < sizeof facts / sizeof *facts; i++)
@@ -36,15 +46,31 @@ static uint32_t abi_hash(void)
     return (uint32_t)(hash ^ (hash >> 32));
 }
 
-/* Offsets of all regions for `config`; returns the whole size, 0 if it does not fit. */
-static uint64_t lay_out(const shml_config_t *config, struct shml_control *c)
+/* The regions of the ring, one behind the other, without memory yet; 0: their sizes are bad. */
+static int lay_out_ring(const shml_config_t *config, shml_control_t *c)
 {
-    if (config->ring_bytes == 0 || config->ring_bytes % 4096 != 0 || config->resident_bytes > config->ring_bytes)
+    const uint64_t bytes[SHML_NUM_REGIONS] = {config->resident_bytes, config->transit_bytes, config->raw_bytes};
+    c->ring_bytes = 0;
+    for (uint32_t i = 0; i < SHML_NUM_REGIONS; i++) {
+        if (bytes[i] % 4096 != 0 || bytes[i] > INT64_MAX - c->ring_bytes)
+            return 0;
+        c->regions[i].begin = c->regions[i].backed_end = c->regions[i].head = c->ring_bytes;
+        c->ring_bytes += bytes[i];
+        c->regions[i].end = c->ring_bytes;
+    }
+    return c->ring_bytes > 0;
+}
+
+/* Offsets of all parts of the control memory for `config`; returns the whole size, 0 if it does not fit. */
+static uint64_t lay_out(const shml_config_t *config, shml_control_t *c)
+{
+    if (!lay_out_ring(config, c))
         return 0;
-    if (config->num_records == 0 || config->num_records > UINT32_MAX / 4 || config->num_chunks > UINT32_MAX / 4)
+    if (config->num_records == 0 || config->num_records > UINT32_MAX / 4 || config->num_chunks > UINT32_MAX / 8)
         return 0;
-    /* Beside the samples: one error record a chunk, and holes that nothing fits into yet. */
-    c->num_descs = (uint32_t)(config->num_records + config->num_chunks + 1024);
+    /* Beside the rows: a raw and an error record a chunk, and holes that nothing fits into yet. */
+    c->num_descs = (uint32_t)(config->num_records + 2 * (uint64_t)config->num_chunks + 4096);
+    c->num_records = config->num_records;
     c->num_buckets = (uint32_t)config->num_records;
     c->num_chunks = config->num_chunks;
     c->max_clients = SHML_MAX_CLIENTS;
@@ -52,26 +78,29 @@ static uint64_t lay_out(const shml_config_t *config, struct shml_control *c)
     const struct {
         uint64_t *offset;
         uint64_t bytes;
-    } regions[] = {
+    } parts[] = {
         {&c->clients_at, (uint64_t)SHML_MAX_CLIENTS * sizeof(struct shml_client)},
         {&c->wants_at, (uint64_t)SHML_MAX_CLIENTS * SHML_MAX_WANTS * sizeof(uint64_t)},
         {&c->orders_at, (uint64_t)SHML_MAX_ORDERS * sizeof(shml_order_t)},
+        {&c->marks_at, (uint64_t)SHML_MAX_ORDERS * SHML_MAX_CLIENTS * sizeof(uint64_t)},
+        {&c->read_at, (uint64_t)SHML_MAX_ORDERS * SHML_READ_POSITIONS / 8},
         {&c->texts_at, (uint64_t)SHML_NUM_TEXTS * sizeof(shml_shared_text_t)},
         {&c->chunks_at, (uint64_t)c->num_chunks * sizeof(shml_chunk_t)},
         {&c->descs_at, (uint64_t)c->num_descs * sizeof(shml_desc_t)},
         {&c->pins_at, (uint64_t)c->num_descs * SHML_PIN_WORDS * sizeof(uint64_t)},
         {&c->buckets_at, (uint64_t)c->num_buckets * sizeof(uint32_t)},
+        {&c->reads_at, c->num_records * sizeof(uint32_t)},
     };
-    for (size_t i = 0; i < sizeof regions / sizeof *regions; i++) {
-        *regions[i].offset = at;
-        at += shml_align(regions[i].bytes);
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        *parts[i].offset = at;
+        at += shml_align(parts[i].bytes);
     }
     return (at + 4095) & ~UINT64_C(4095);
 }
 
 uint64_t shml_control_bytes(const shml_config_t *config)
 {
-    struct shml_control c = {0};
+    shml_control_t c = {0};
     return lay_out(config, &c);
 }
 
@@ -92,9 +121,9 @@ int shml_mutex_init(pthread_mutex_t *mutex)
 }
 
 int shml_control_format(void *control, uint64_t bytes, const shml_config_t *config, const uint64_t *first_rows,
-                        const uint32_t *num_rows)
+                        const uint32_t *num_rows, const uint32_t *units)
 {
-    struct shml_control *c = control;
+    shml_control_t *c = control;
     uint64_t need = lay_out(config, c);
     if (need == 0 || bytes < need)
         return SHML_E_INVAL;
@@ -103,10 +132,9 @@ int shml_control_format(void *control, uint64_t bytes, const shml_config_t *conf
     memcpy(c->uuid, config->uuid, sizeof c->uuid);
     memcpy(c->boot_id, config->boot_id, sizeof c->boot_id);
     c->pid_namespace = config->pid_namespace;
+    c->record_bytes = config->record_bytes;
+    c->raw_budget_bytes = config->raw_budget_bytes;
     c->control_bytes = need;
-    c->ring_bytes = config->ring_bytes;
-    c->resident_bytes = config->resident_bytes;
-    c->is_sequential = config->is_sequential;
     if (shml_mutex_init(&c->mutex) != SHML_OK)
         return SHML_E_SYS;
     shml_chunk_t *chunks = shml_chunks(c);
@@ -114,8 +142,11 @@ int shml_control_format(void *control, uint64_t bytes, const shml_config_t *conf
     for (uint32_t i = 0; i < config->num_chunks; i++) {
         if (first_rows[i] != next || num_rows[i] == 0)
             return SHML_E_INVAL;
+        if (units[i] > i || (units[i] < i && units[i] != chunks[i - 1].unit))
+            return SHML_E_INVAL;
         chunks[i].first_row = first_rows[i];
         chunks[i].num_rows = num_rows[i];
+        chunks[i].unit = units[i];
         next += num_rows[i];
     }
     if (next > config->num_records)
@@ -127,26 +158,32 @@ int shml_control_format(void *control, uint64_t bytes, const shml_config_t *conf
     return SHML_OK;
 }
 
+/* clients_at to reads_at: they lie one behind the other. */
+#define SIZE_OF_OFFSETS (offsetof(struct shml_control, reads_at) + 8 - offsetof(struct shml_control, clients_at))
+
 int shml_control_check(const void *control, uint64_t bytes, const uint8_t boot_id[16], uint64_t pid_namespace)
 {
-    const struct shml_control *c = control;
+    const shml_control_t *c = control;
     if (bytes < sizeof *c || atomic_load_explicit(&c->magic, memory_order_acquire) != SHML_MAGIC) /* SYNC(format) */
         return SHML_E_LAYOUT;
     if (c->version != SHML_VERSION || c->abi != abi_hash() || c->control_bytes > bytes)
         return SHML_E_LAYOUT;
     if (memcmp(c->boot_id, boot_id, sizeof c->boot_id) != 0)
         return SHML_E_LAYOUT;
-    shml_config_t config = {.ring_bytes = c->ring_bytes,
-                            .resident_bytes = c->resident_bytes,
-                            .num_records = c->num_buckets,
+    shml_config_t config = {.resident_bytes = c->regions[SHML_RESIDENT].end,
+                            .transit_bytes = c->regions[SHML_TRANSIT].end - c->regions[SHML_TRANSIT].begin,
+                            .raw_bytes = c->regions[SHML_RAW_REGION].end - c->regions[SHML_RAW_REGION].begin,
+                            .num_records = c->num_records,
                             .num_chunks = c->num_chunks};
-    struct shml_control expected = {0};
+    shml_control_t expected = {0};
     uint64_t need = lay_out(&config, &expected);
-    if (need == 0 || need != c->control_bytes || expected.buckets_at != c->buckets_at ||
-        expected.descs_at != c->descs_at || expected.chunks_at != c->chunks_at || expected.wants_at != c->wants_at ||
-        expected.clients_at != c->clients_at || expected.texts_at != c->texts_at ||
-        expected.num_descs != c->num_descs || c->max_clients != SHML_MAX_CLIENTS)
+    if (need == 0 || need != c->control_bytes || expected.ring_bytes != c->ring_bytes ||
+        expected.num_descs != c->num_descs || expected.num_buckets != c->num_buckets ||
+        c->max_clients != SHML_MAX_CLIENTS || memcmp(&expected.clients_at, &c->clients_at, SIZE_OF_OFFSETS) != 0)
         return SHML_E_LAYOUT;
+    for (uint32_t i = 0; i < SHML_NUM_REGIONS; i++)
+        if (expected.regions[i].begin != c->regions[i].begin || expected.regions[i].end != c->regions[i].end)
+            return SHML_E_LAYOUT;
     /* Equal thread ids in two namespaces could mark a living holder of the mutex as dead. */
     return c->pid_namespace == pid_namespace ? SHML_OK : SHML_E_NAMESPACE;
 }
@@ -159,7 +196,7 @@ int32_t shml_mutex_holder(const shml_control_t *control)
 
 int shml_poison(shml_seg_t *seg, uint32_t line)
 {
-    struct shml_control *c = seg->control;
+    shml_control_t *c = seg->control;
     c->poison_line = line;
     atomic_store_explicit(&c->state, SHML_SEG_POISONED, memory_order_release);
     shml_client_t *clients = shml_clients(c);
@@ -174,7 +211,7 @@ int shml_poison(shml_seg_t *seg, uint32_t line)
 
 int shml_lock(shml_seg_t *seg)
 {
-    struct shml_control *c = seg->control;
+    shml_control_t *c = seg->control;
     if (atomic_load_explicit(&c->state, memory_order_acquire) != SHML_SEG_READY)
         return SHML_E_POISONED;
     int error = seg->env->lock(seg->env->ctx, &c->mutex, SHML_LOCK_TIMEOUT_MS);
@@ -257,39 +294,4 @@ void shml_epoch_set(shml_seg_t *seg, uint64_t epoch)
 uint64_t shml_epoch_get(const shml_seg_t *seg)
 {
     return atomic_load_explicit(&seg->control->epoch, memory_order_acquire);
-}
-
-int shml_get_stats(shml_seg_t *seg, shml_stats_t *stats)
-{
-    int status = shml_lock(seg);
-    if (status != SHML_OK)
-        return status;
-    struct shml_control *c = seg->control;
-    *stats = (shml_stats_t){
-        .ring_bytes = c->ring_bytes,
-        .resident_bytes = c->resident_bytes,
-        .backed_bytes = c->backed_end,
-        .head_bytes = c->head,
-        .used_bytes = c->used_bytes,
-        .num_records = c->num_buckets,
-        .num_ready = c->num_ready,
-        .num_errors = c->num_errors,
-        .num_reserved = c->num_reserved,
-        .num_commits = c->num_commits,
-        .progress = c->progress,
-        .chunks_todo = c->chunks_todo,
-        .chunks_claimed = c->chunks_claimed,
-        .chunks_done = c->chunks_done,
-        .chunks_broken = c->chunks_broken,
-        .num_reaped = c->num_reaped,
-        .num_services_lost = c->num_services_lost,
-        .num_rebuilds = c->num_rebuilds,
-        .state = c->state,
-        .frozen = c->frozen,
-        .num_owners = shml_count_clients(seg, SHML_OWNER),
-        .num_workers = shml_count_clients(seg, SHML_WORKER),
-        .num_services = shml_count_clients(seg, SHML_SERVICE),
-    };
-    shml_unlock(seg);
-    return SHML_OK;
 }

@@ -278,58 +278,88 @@ int shml_back(int fd, uint64_t from, uint64_t to, void *at, uint64_t spare_bytes
 
 static uint64_t at_most(uint64_t n, uint64_t most) { return n < most ? n : most; }
 
-/* Set what the backing of [.., to) came to. A kill between two stores here leaves memory that is not used, or a ring
- * that may grow: nothing to repair. */
-static int ring_backed(shml_seg_t *seg, int rc, uint64_t to, uint64_t need_end)
+/* Set what the backing of [from, to) came to. A kill between two stores here leaves memory that is not used, or a
+ * region that may grow: nothing to repair. */
+static int region_backed(shml_seg_t *seg, uint32_t region, int rc, uint64_t from, uint64_t to, uint64_t need_end)
 {
     int locked = shml_lock(seg);
     if (locked != SHML_OK)
         return locked;
-    shml_control_t *control = seg->control;
+    shml_region_t *r = &seg->control->regions[region];
     SHML_FP("memory.ring_back.locked");
-    if (rc == SHML_OK && to > control->backed_end)
-        control->backed_end = to;
-    if (rc == SHML_E_MEMORY && need_end <= control->backed_end)
+    /* Less than `from`: shml_raw_release was there meanwhile, below us is no memory any more. */
+    if (rc == SHML_OK && to > r->backed_end && r->backed_end >= from)
+        r->backed_end = to;
+    if (rc == SHML_E_MEMORY && need_end <= r->backed_end)
         rc = SHML_OK; /* another client got there first */
     else if (rc == SHML_E_MEMORY)
-        control->frozen = 1;
+        r->frozen = 1;
     SHML_FP("memory.ring_back.stored");
     shml_unlock(seg);
     return rc;
 }
 
-int shml_ring_back_in(shml_seg_t *seg, int fd, uint64_t need_end, const char *root, shml_memory_t *memory)
+int shml_ring_back_in(shml_seg_t *seg, int fd, uint32_t region, uint64_t need_end, const char *root,
+                      shml_memory_t *memory)
 {
-    shml_control_t *control = seg->control;
+    if (region >= SHML_NUM_REGIONS)
+        return SHML_E_INVAL;
+    const shml_region_t *r = &seg->control->regions[region];
     int rc = shml_lock(seg);
     if (rc != SHML_OK)
         return rc;
-    uint64_t from = control->backed_end, ring_bytes = control->ring_bytes;
-    uint32_t frozen = control->frozen;
+    uint64_t from = r->backed_end, end = r->end;
+    uint32_t frozen = r->frozen;
     shml_unlock(seg);
 
     (void)shml_memory_read(root, memory);
-    if (need_end > ring_bytes)
+    if (need_end > end)
         return SHML_E_INVAL;
     if (need_end <= from)
         return SHML_OK;
     if (frozen)
         return SHML_E_MEMORY;
     uint64_t spare = shml_memory_spare(memory);
-    uint64_t to = at_most(shml_round_up(need_end, SHML_EXTENT_BYTES), ring_bytes);
+    uint64_t to = at_most(shml_round_up(need_end, SHML_EXTENT_BYTES), end);
     uint8_t *at = seg->ring != NULL && to <= seg->ring_bytes ? seg->ring + from : NULL;
     rc = shml_back(fd, from, to, at, spare, root, memory);
     if (rc == SHML_E_MEMORY) {
-        to = at_most(shml_round_up(need_end, SHML_HUGE_BYTES), ring_bytes);
+        to = at_most(shml_round_up(need_end, SHML_HUGE_BYTES), end);
         rc = shml_back(fd, from, to, at, spare, root, memory);
     }
     SHML_FP("memory.ring_back.backed");
     if (rc == SHML_OK || rc == SHML_E_MEMORY)
-        rc = ring_backed(seg, rc, to, need_end);
+        rc = region_backed(seg, region, rc, from, to, need_end);
     return rc;
 }
 
-int shml_ring_back(shml_seg_t *seg, int fd, uint64_t need_end, shml_memory_t *memory)
+int shml_ring_back(shml_seg_t *seg, int fd, uint32_t region, uint64_t need_end, shml_memory_t *memory)
 {
-    return shml_ring_back_in(seg, fd, need_end, "", memory);
+    return shml_ring_back_in(seg, fd, region, need_end, "", memory);
+}
+
+/* A kill before backed_end is stored leaves some of the raw records evicted, and who releases next does the rest. A
+ * kill after it leaves memory that nobody uses until the region grows over it again. */
+int shml_raw_release(shml_seg_t *seg, int fd)
+{
+    int rc = shml_lock(seg);
+    if (rc != SHML_OK)
+        return rc;
+    shml_control_t *c = seg->control;
+    shml_region_t *r = &c->regions[SHML_RAW_REGION];
+    uint64_t backed_end = r->backed_end;
+    if (c->chunks_done + c->chunks_broken == c->num_chunks && backed_end > r->begin)
+        rc = shml_region_clear(seg, SHML_RAW_REGION);
+    if (rc == 1) {
+        SHML_FP("memory.release.cleared");
+        r->backed_end = r->begin;
+        SHML_FP("memory.release.stored");
+        /* Under the mutex: nobody may begin to write there before it is done. */
+        if (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)r->begin,
+                      (off_t)(backed_end - r->begin)) != 0)
+            rc = SHML_E_SYS;
+        SHML_FP("memory.release.punched");
+    }
+    shml_unlock(seg);
+    return rc;
 }

@@ -8,7 +8,8 @@
 uint64_t shml_memory_spare(const shml_memory_t *memory);
 
 /* shml_ring_back with the folder that stands in for / (see shml_memory_read). */
-int shml_ring_back_in(shml_seg_t *seg, int fd, uint64_t need_end, const char *root, shml_memory_t *memory);
+int shml_ring_back_in(shml_seg_t *seg, int fd, uint32_t region, uint64_t need_end, const char *root,
+                      shml_memory_t *memory);
 
 static inline uint64_t shml_round_up(uint64_t n, uint64_t unit) { return n / unit * unit + (n % unit != 0 ? unit : 0); }
 #endif

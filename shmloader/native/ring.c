@@ -1,268 +1,308 @@
-/* ring.c - records: reserve, write, commit; look up, want, wait.
+/* ring.c - writing records: reserve, commit, abort; the resident region.
  *
- * Only the resident part is used so far: records are laid one behind the other from offset 0, and none is ever
- * taken away, so a reader needs no pin.
+ * In resident, records are laid one behind the other and none is ever taken away, so a reader needs no pin. A writer
+ * that gives up or dies leaves a HOLE, which the next record of just that size takes; HOLEs that end where the free
+ * space begins join it. So resident has no gaps. The blocks of transit and raw are region.c's.
  *
- * A kill ...                                   leaves ...                      repaired by
- *   in reserve, before `state`                 a FREE descriptor, dirty        rebuild
- *   in reserve, after `state`                  RESERVED, perhaps not linked    rebuild, then reap: a HOLE
- *   while writing the bytes                    RESERVED                        reap: a HOLE; the chunk is read again
- *   in commit, before `state`                  RESERVED                        reap
- *   in commit, after `state`                   READY, perhaps counted wrong    rebuild
- *   in commit, before the wake                 a reader sleeps on              its tick (100 ms)
+ * A kill ...                                   leaves ...                          repaired by
+ *   in reserve, before the claim is dropped    CLAIMED, `dirty`                    rebuild, then reap: SUSPECT
+ *   in reserve into a HOLE, the claim dropped  the HOLE; the row as if it were     rebuild
+ *                                              nowhere, its deaths forgotten
+ *   in reserve, before `state`                 CLAIMED or a FREE descriptor,       rebuild, reap
+ *                                              what was evicted gone, `dirty`
+ *   in reserve, after `state`                  RESERVED, perhaps in no list        rebuild, then reap: a HOLE
+ *   while clearing STAYS                       the chunk STAYS or does not         the next row that finds no room
+ *   while writing the bytes                    RESERVED                            reap: a HOLE; decoded again
+ *   in commit, before `state`                  RESERVED, perhaps with a stamp      reap
+ *   in commit, after `state`                   READY, counts or the chunk's        rebuild
+ *                                              state perhaps wrong, `dirty`
+ *   in commit, before the wake                 a reader sleeps on                  its tick (100 ms)
+ *   while making a HOLE                        RESERVED, or a HOLE perhaps not     rebuild; the dead one's: reap
+ *                                              in the list; its row's death is
+ *                                              perhaps not counted
+ *   while absorbing HOLEs at the top           some of them FREE, `dirty`          rebuild
  */
-#include <string.h>
-
 #include "failpoint.h"
 #include "layout.h"
 
-/* ------------------------------------------------ wants ------------------------------------------------ */
-
-static void wake_client(shml_seg_t *seg, shml_client_t *client)
-{
-    atomic_fetch_add_explicit(&client->wake, 1, memory_order_release);
-    SHML_FP("ring.wake.counted");
-    seg->env->wake(seg->env->ctx, (uint32_t *)&client->wake);
-}
-
-void shml_wants_met(shml_seg_t *seg, uint64_t id)
-{
-    struct shml_control *c = seg->control;
-    shml_client_t *clients = shml_clients(c);
-    for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
-        shml_client_t *client = &clients[slot];
-        uint32_t n = client->num_wants;
-        if (n == 0 || n > SHML_MAX_WANTS || id < client->least_want || id > client->most_want ||
-            client->state != SHML_CLIENT_ACTIVE)
-            continue;
-        uint64_t *wants = shml_wants(c, slot);
-        for (uint32_t i = 0; i < n;) {
-            if (wants[i] == id)
-                wants[i] = wants[--n];
-            else
-                i++;
-        }
-        if (n == client->num_wants)
-            continue;
-        client->num_wants = n;
-        SHML_FP("ring.wants.met");
-        if (n == 0)
-            wake_client(seg, client);
-    }
-}
-
-void shml_wants_wake(shml_seg_t *seg, uint64_t first, uint64_t n)
-{
-    struct shml_control *c = seg->control;
-    shml_client_t *clients = shml_clients(c);
-    for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
-        if (clients[slot].state != SHML_CLIENT_ACTIVE)
-            continue;
-        const uint64_t *wants = shml_wants(c, slot);
-        for (uint32_t i = 0; i < clients[slot].num_wants && i < SHML_MAX_WANTS; i++) {
-            if (wants[i] - first < n) {
-                wake_client(seg, &clients[slot]);
-                break;
-            }
-        }
-    }
-}
-
-int shml_wanted(shml_seg_t *seg, uint64_t first, uint32_t n, uint64_t *ids, uint32_t max)
-{
-    int status = shml_lock(seg);
-    if (status != SHML_OK)
-        return status;
-    struct shml_control *c = seg->control;
-    const shml_client_t *clients = shml_clients(c);
-    uint32_t found = 0;
-    for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS && found < max; slot++) {
-        if (clients[slot].state != SHML_CLIENT_ACTIVE)
-            continue;
-        const uint64_t *wants = shml_wants(c, slot);
-        for (uint32_t i = 0; i < clients[slot].num_wants && i < SHML_MAX_WANTS && found < max; i++)
-            if (wants[i] - first < n)
-                ids[found++] = wants[i];
-    }
-    shml_unlock(seg);
-    return (int)found;
-}
-
-uint32_t shml_wake_word(const shml_seg_t *seg)
-{
-    int32_t slot = seg->self;
-    return slot < 0 ? 0 : atomic_load_explicit(&shml_clients(seg->control)[slot].wake, memory_order_acquire);
-}
-
-void shml_wait(shml_seg_t *seg, uint32_t seen, uint32_t timeout_ms)
-{
-    int32_t slot = seg->self;
-    if (slot < 0)
-        return;
-    uint32_t *word = (uint32_t *)&shml_clients(seg->control)[slot].wake;
-    seg->env->wait(seg->env->ctx, word, seen, timeout_ms < SHML_TICK_MS ? timeout_ms : SHML_TICK_MS);
-}
-
-/* ------------------------------------------------ writing ---------------------------------------------- */
-
-/* Take the first of a list out; -1: what the list says is no descriptor. */
-static int64_t pop(struct shml_control *c, uint32_t *list)
-{
-    if (*list == 0 || *list > c->num_descs)
-        return -1;
-    uint32_t index = *list - 1;
-    *list = shml_descs(c)[index].next;
-    return index;
-}
+/* ------------------------------------------------ resident -------------------------------------------- */
 
 /* HOLEs that now end where the free space begins join it. */
-static void absorb_holes(struct shml_control *c)
+static void absorb_holes(shml_control_t *c)
 {
     shml_desc_t *descs = shml_descs(c);
+    shml_region_t *r = &c->regions[SHML_RESIDENT];
     uint32_t *at = &c->hole_list;
     for (uint32_t steps = 0; *at != 0 && *at <= c->num_descs && steps <= c->num_descs; steps++) {
         uint32_t index = *at - 1;
-        if (descs[index].offset + descs[index].num_bytes != c->head) {
+        if (descs[index].offset + descs[index].num_bytes != r->head) {
             at = &descs[index].next;
             continue;
         }
         *at = descs[index].next;
         SHML_FP("ring.absorb.out");
-        atomic_store_explicit(&descs[index].state, SHML_DESC_FREE, memory_order_release);
-        SHML_FP("ring.absorb.free");
-        c->head = descs[index].offset;
-        descs[index].next = c->free_list;
-        c->free_list = index + 1;
+        shml_desc_set(c, &descs[index], SHML_DESC_FREE);
+        r->head = descs[index].offset;
+        SHML_FP("ring.absorb.head");
+        shml_desc_give(c, index);
         at = &c->hole_list; /* one that was passed may be at the top now */
     }
 }
 
-/* Leave block `index` without a record. Its bytes are free again if nothing lies above them, else a HOLE. */
+/* Leave block `index` without a record. */
 int shml_desc_hole(shml_seg_t *seg, uint32_t index)
 {
-    struct shml_control *c = seg->control;
+    shml_control_t *c = seg->control;
     shml_desc_t *desc = &shml_descs(c)[index];
-    int at_top = desc->offset + desc->num_bytes == c->head;
-    shml_begin_change(c);
+    shml_region_t *r = &c->regions[SHML_RESIDENT];
+    int is_resident = shml_is_resident(c, desc->offset);
+    int at_top = is_resident && desc->offset + desc->num_bytes == r->head;
+    uint32_t was = shml_begin_change(c);
     SHML_FP("ring.hole.dirty");
     if (shml_unlink(c, index) != SHML_OK)
         return SHML_POISON(seg);
-    c->used_bytes -= desc->num_bytes;
-    c->num_reserved--;
-    SHML_FP("ring.hole.counted");
-    atomic_store_explicit(&desc->state, at_top ? SHML_DESC_FREE : SHML_DESC_HOLE, memory_order_release);
-    SHML_FP("ring.hole.state");
-    if (at_top)
-        c->head = desc->offset;
-    uint32_t *list = at_top ? &c->free_list : &c->hole_list;
-    desc->next = *list;
-    SHML_FP("ring.hole.next");
-    *list = index + 1;
-    SHML_FP("ring.hole.listed");
-    if (at_top)
+    shml_desc_set(c, desc, at_top ? SHML_DESC_FREE : SHML_DESC_HOLE);
+    if (at_top) {
+        r->head = desc->offset;
+        SHML_FP("ring.hole.head");
+        shml_desc_give(c, index);
         absorb_holes(c);
-    shml_end_change(c);
+    } else if (is_resident) {
+        desc->next = c->hole_list;
+        SHML_FP("ring.hole.next");
+        c->hole_list = index + 1;
+    }
+    SHML_FP("ring.hole.listed");
+    shml_end_change(c, was);
+    shml_work_tell(seg); /* it may be evicted */
     return SHML_OK;
 }
 
-/* The hole of just this size (the record's old place, when its chunk is read again), out of its list; -1: none. */
-static int64_t take_hole(struct shml_control *c, uint64_t num_bytes)
+/* Where the list of HOLEs says that there is one of just this size (the record's old place, when it is made again). */
+static uint32_t *find_hole(shml_control_t *c, uint64_t num_bytes)
 {
     shml_desc_t *descs = shml_descs(c);
     uint32_t *at = &c->hole_list;
     for (uint32_t steps = 0; *at != 0 && *at <= c->num_descs && steps <= c->num_descs; steps++) {
         if (descs[*at - 1].num_bytes == num_bytes)
-            return pop(c, at);
+            return at;
         at = &descs[*at - 1].next;
     }
-    return -1;
+    return NULL;
 }
 
-/* Where a record of `num_bytes` goes: the descriptor's index (a HOLE has its place, any other goes to the head). */
-static int64_t place(shml_seg_t *seg, uint64_t num_bytes)
+static int resident_spot(shml_control_t *c, uint64_t num_bytes, shml_spot_t *spot)
 {
-    struct shml_control *c = seg->control;
-    int64_t hole = take_hole(c, num_bytes);
-    if (hole >= 0)
-        return hole;
-    if (c->head > c->resident_bytes || num_bytes > c->resident_bytes - c->head)
-        return SHML_E_FULL;
-    if (c->head + num_bytes > c->backed_end)
-        return c->frozen ? SHML_E_MEMORY : SHML_E_EXTEND;
-    if (c->free_list != 0) {
-        int64_t index = pop(c, &c->free_list);
-        return index >= 0 ? index : SHML_POISON(seg);
+    shml_region_t *r = &c->regions[SHML_RESIDENT];
+    uint32_t *hole = find_hole(c, num_bytes);
+    *spot = (shml_spot_t){.region = SHML_RESIDENT, .offset = r->head};
+    if (hole != NULL) {
+        spot->hole = 1;
+        spot->hole_index = *hole - 1;
+        spot->offset = shml_descs(c)[spot->hole_index].offset;
+        return SHML_OK;
     }
-    return c->desc_end < c->num_descs ? (int64_t)c->desc_end++ : SHML_E_FULL;
+    uint64_t limit = shml_limit(r);
+    if (r->head > limit || num_bytes > limit - r->head) {
+        r->searched |= num_bytes <= r->end - r->begin; /* so that no more of it is promised */
+        return SHML_E_FULL;
+    }
+    return r->head + num_bytes > r->backed_end ? SHML_E_EXTEND : SHML_OK;
 }
 
-static int reserve_locked(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, shml_ticket_t *ticket)
+/* ------------------------------------------------ reserve --------------------------------------------- */
+
+static uint64_t bytes_of(const shml_region_t *r) { return r->end - r->begin; }
+
+/* FULL, or what says that waiting is no use: in transit or raw, and in no other region either. */
+static int why_full(const shml_region_t *r, uint64_t num_bytes)
 {
-    struct shml_control *c = seg->control;
-    int status;
-    if (shml_find(seg, id, &status) != NULL)
-        return SHML_E_EXISTS;
+    if (num_bytes > bytes_of(r))
+        return SHML_E_TOOBIG;
+    return num_bytes > shml_limit(r) - r->begin ? SHML_E_MEMORY : SHML_E_FULL;
+}
+
+static int find_spot(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, int urgent, shml_search_t *search,
+                     shml_spot_t *spot)
+{
+    shml_control_t *c = seg->control;
+    const shml_region_t *transit = &c->regions[SHML_TRANSIT], *raw = &c->regions[SHML_RAW_REGION];
+    int is_raw = !shml_is_sample(id) && id < SHML_CHUNK_ERROR, has_transit = bytes_of(transit) > 0;
+    int32_t chunk = shml_chunk_of(c, id);
+    /* Decided with the first of its rows where it was not when it was fetched: there may be room by now. */
+    int stays = chunk >= 0 && shml_is_sample(id) && !search->is_begun && shml_chunk_stay(seg, (uint32_t)chunk);
+    if (!is_raw && (stays || !has_transit || id >= SHML_CHUNK_ERROR) && !search->is_begun) {
+        int status = resident_spot(c, num_bytes, spot);
+        if (status != SHML_E_FULL)
+            return status;
+        if (stays)
+            shml_chunk_unstay(seg, (uint32_t)chunk);
+        if (!has_transit)
+            return num_bytes > bytes_of(&c->regions[SHML_RESIDENT]) ? SHML_E_TOOBIG : SHML_E_FULL;
+    }
+    const shml_region_t *r = is_raw ? raw : transit;
+    if (why_full(r, num_bytes) != SHML_E_FULL)
+        return why_full(r, num_bytes);
+    return shml_region_search(seg, is_raw ? SHML_RAW_REGION : SHML_TRANSIT, num_bytes, urgent, search, spot);
+}
+
+/* The descriptor for a block at `spot`: a HOLE's, the row's own, or a free one. */
+static int64_t desc_for(shml_seg_t *seg, shml_desc_t *own, const shml_spot_t *spot, uint16_t *deaths)
+{
+    shml_control_t *c = seg->control;
+    shml_desc_t *descs = shml_descs(c);
+    *deaths = own != NULL ? own->deaths : 0;
+    if (!spot->hole) {
+        if (own == NULL)
+            return shml_desc_take(seg);
+        uint32_t index = (uint32_t)(own - descs);
+        return shml_unlink(c, index) == SHML_OK ? (int64_t)index
+                                                : SHML_POISON(seg); /* linked again when it is RESERVED */
+    }
+    if (own != NULL) {
+        /* The HOLE has the place, so the claim's descriptor goes, and first: no row is ever there twice. */
+        if (shml_unlink(c, (uint32_t)(own - descs)) != SHML_OK)
+            return SHML_POISON(seg);
+        shml_desc_set(c, own, SHML_DESC_FREE);
+        shml_desc_give(c, (uint32_t)(own - descs));
+    }
+    uint32_t *at = find_hole(c, descs[spot->hole_index].num_bytes);
+    int64_t index = at != NULL ? shml_pop(c, at) : -1;
+    SHML_FP("ring.reserve.hole");
+    return index >= 0 && descs[index].state == SHML_DESC_HOLE ? index : SHML_POISON(seg);
+}
+
+static int occupy(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, const shml_stamp_t *stamp, shml_desc_t *own,
+                  const shml_spot_t *spot, shml_ticket_t *ticket)
+{
+    shml_control_t *c = seg->control;
+    uint16_t deaths;
+    int status = spot->region == SHML_RESIDENT ? SHML_OK : shml_region_evict(seg, spot, num_bytes);
     if (status != SHML_OK)
         return status;
-    /* Dirty from here: lists, head and chains change before the descriptor's state says so. */
-    shml_begin_change(c);
-    SHML_FP("ring.reserve.dirty");
-    int64_t index = place(seg, num_bytes);
-    if (index < 0) {
-        shml_end_change(c);
+    int64_t index = desc_for(seg, own, spot, &deaths);
+    if (index < 0)
         return (int)index;
-    }
     SHML_FP("ring.reserve.index");
     shml_desc_t *desc = &shml_descs(c)[index];
-    if (desc->state != SHML_DESC_HOLE) {
-        desc->offset = c->head;
+    shml_desc_count(c, desc, -1); /* as what it was */
+    if (!spot->hole) {            /* else it is where it was */
+        desc->offset = spot->offset;
         desc->num_bytes = num_bytes;
-        c->head += num_bytes;
     }
     SHML_FP("ring.reserve.placed");
     desc->id = id;
-    desc->version = 0;
-    desc->owner = (uint32_t)seg->self;
+    desc->owner = (uint16_t)seg->self;
+    desc->deaths = deaths;
+    desc->want[0] = desc->want[1] = 0;
     desc->gen++;
-    desc->reads = 0;
+    shml_desc_stamp(desc, stamp);
     SHML_FP("ring.reserve.filled");
     atomic_store_explicit(&desc->state, SHML_DESC_RESERVED, memory_order_release);
     SHML_FP("ring.reserve.state");
-    shml_link(c, (uint32_t)index);
-    SHML_FP("ring.reserve.linked");
-    c->used_bytes += num_bytes;
-    c->num_reserved++;
+    shml_desc_count(c, desc, 1);
     SHML_FP("ring.reserve.counted");
-    shml_end_change(c);
-    *ticket =
-        (shml_ticket_t){.offset = desc->offset, .num_bytes = num_bytes, .desc = (uint32_t)index, .gen = desc->gen};
+    shml_link(c, (uint32_t)index);
+    if (spot->region != SHML_RESIDENT)
+        shml_region_insert(c, spot, (uint32_t)index);
+    else if (!spot->hole)
+        c->regions[SHML_RESIDENT].head += num_bytes;
+    SHML_FP("ring.reserve.linked");
+    *ticket = (shml_ticket_t){desc->offset, num_bytes, (uint32_t)index, desc->gen};
     return SHML_OK;
 }
 
-int shml_reserve(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, shml_ticket_t *ticket)
+static int reserve_locked(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, const shml_stamp_t *stamp, int urgent,
+                          shml_search_t *search, shml_ticket_t *ticket)
+{
+    shml_control_t *c = seg->control;
+    shml_spot_t spot = {0};
+    int status;
+    shml_desc_t *own = shml_find(seg, id, &status);
+    search->has_own = own != NULL;
+    if (status != SHML_OK)
+        return status;
+    int is_claimed = own != NULL && own->state == SHML_DESC_CLAIMED && own->owner == (uint16_t)seg->self;
+    if (own != NULL && !is_claimed && own->state != SHML_DESC_SUSPECT)
+        return SHML_E_EXISTS;
+    status = find_spot(seg, id, num_bytes, urgent, search, &spot);
+    if (status == SHML_E_EXTEND)
+        *ticket = (shml_ticket_t){spot.offset, num_bytes, spot.region, 0};
+    if (status == SHML_E_FULL && urgent) {
+        c->num_starved++;
+        shml_wants_press(seg);
+    }
+    if (status != SHML_OK)
+        return status;
+    const shml_region_t *r = &c->regions[spot.region];
+    if (spot.offset < r->begin || spot.offset % SHML_ALIGN != 0 || spot.offset > r->end ||
+        num_bytes > r->end - spot.offset)
+        return SHML_POISON(seg); /* what it was derived from is damaged */
+    /* Dirty from here: lists and chains change before the descriptor's state says so. */
+    uint32_t was = shml_begin_change(c);
+    SHML_FP("ring.reserve.dirty");
+    status = occupy(seg, id, num_bytes, stamp, own, &spot, ticket);
+    if (status == SHML_E_POISONED)
+        return status;
+    shml_end_change(c, was);
+    return status;
+}
+
+int shml_reserve(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, const shml_stamp_t *stamp, int urgent,
+                 shml_ticket_t *ticket)
 {
     if (num_bytes == 0)
         return SHML_E_INVAL;
-    if (num_bytes > seg->control->resident_bytes)
+    if (num_bytes > seg->control->ring_bytes)
         return SHML_E_TOOBIG;
-    int status = shml_lock(seg);
-    if (status != SHML_OK)
-        return status;
-    status = seg->self < 0 ? SHML_E_LEFT : reserve_locked(seg, id, shml_align(num_bytes), ticket);
-    shml_unlock(seg);
+    shml_search_t search = {0};
+    int status;
+    do {
+        status = shml_lock(seg);
+        if (status != SHML_OK)
+            return status;
+        status = seg->self < 0 ? SHML_E_LEFT
+                               : reserve_locked(seg, id, shml_align(num_bytes), stamp, urgent, &search, ticket);
+        shml_unlock(seg);
+    } while (status == SHML_SEARCH_ON);
     return status;
 }
+
+/* ------------------------------------------------ commit ---------------------------------------------- */
 
 /* The descriptor of a ticket that is still good. */
 static shml_desc_t *reserved(shml_seg_t *seg, const shml_ticket_t *ticket)
 {
-    struct shml_control *c = seg->control;
-    if (ticket->desc >= c->num_descs)
+    shml_control_t *c = seg->control;
+    if (ticket->desc >= c->num_descs || seg->self < 0)
         return NULL;
     shml_desc_t *desc = &shml_descs(c)[ticket->desc];
-    if (desc->state != SHML_DESC_RESERVED || desc->gen != ticket->gen || desc->owner != (uint32_t)seg->self)
+    if (desc->state != SHML_DESC_RESERVED || desc->gen != ticket->gen || desc->owner != (uint16_t)seg->self)
         return NULL;
     return desc;
+}
+
+static void commit_locked(shml_seg_t *seg, shml_desc_t *desc, uint32_t state)
+{
+    shml_control_t *c = seg->control;
+    int is_sample = shml_is_sample(desc->id);
+    uint32_t was = shml_begin_change(c);
+    SHML_FP("ring.commit.dirty");
+    c->num_commits += (uint64_t)is_sample;
+    c->commit_bytes += is_sample ? desc->num_bytes : 0;
+    if (!shml_is_resident(c, desc->offset))
+        shml_wants_stamp(c, desc);
+    SHML_FP("ring.commit.stamped");
+    shml_desc_set(c, desc, state);
+    desc->deaths = 0;
+    SHML_FP("ring.commit.deaths");
+    shml_chunk_settle(seg, desc->id);
+    shml_end_change(c, was);
+    if (!shml_is_resident(c, desc->offset) && shml_is_evictable(c, (uint32_t)(desc - shml_descs(c)), 0))
+        shml_region_tell(seg);
+    atomic_fetch_add_explicit(&c->progress, 1, memory_order_relaxed);
+    shml_wants_met(seg, desc->id);
+    SHML_FP("ring.commit.met");
 }
 
 int shml_commit(shml_seg_t *seg, const shml_ticket_t *ticket, uint32_t status_of_record)
@@ -272,29 +312,11 @@ int shml_commit(shml_seg_t *seg, const shml_ticket_t *ticket, uint32_t status_of
     int status = shml_lock(seg);
     if (status != SHML_OK)
         return status;
-    struct shml_control *c = seg->control;
     shml_desc_t *desc = reserved(seg, ticket);
-    if (desc == NULL) {
-        shml_unlock(seg);
-        return SHML_E_STALE;
-    }
-    int is_ready = status_of_record == SHML_REF_READY;
-    shml_begin_change(c);
-    SHML_FP("ring.commit.dirty");
-    c->num_commits++;
-    /* SYNC(publish): the mutex orders the record's bytes before this for every reader. */
-    atomic_store_explicit(&desc->state, is_ready ? SHML_DESC_READY : SHML_DESC_ERROR, memory_order_release);
-    SHML_FP("ring.commit.state");
-    c->num_reserved--;
-    c->num_ready += (uint32_t)is_ready;
-    c->num_errors += (uint32_t)!is_ready;
-    SHML_FP("ring.commit.counted");
-    shml_end_change(c);
-    atomic_fetch_add_explicit(&c->progress, 1, memory_order_relaxed);
-    shml_wants_met(seg, desc->id);
-    SHML_FP("ring.commit.met");
+    if (desc != NULL)
+        commit_locked(seg, desc, status_of_record == SHML_REF_READY ? SHML_DESC_READY : SHML_DESC_ERROR);
     shml_unlock(seg);
-    return SHML_OK;
+    return desc != NULL ? SHML_OK : SHML_E_STALE;
 }
 
 int shml_abort(shml_seg_t *seg, const shml_ticket_t *ticket)
@@ -302,111 +324,7 @@ int shml_abort(shml_seg_t *seg, const shml_ticket_t *ticket)
     int status = shml_lock(seg);
     if (status != SHML_OK)
         return status;
-    if (reserved(seg, ticket) != NULL)
-        status = shml_desc_hole(seg, ticket->desc);
-    else
-        status = SHML_E_STALE;
+    status = reserved(seg, ticket) != NULL ? shml_desc_lose(seg, ticket->desc, 0) : SHML_E_STALE;
     shml_unlock(seg);
     return status;
-}
-
-/* ------------------------------------------------ reading ---------------------------------------------- */
-
-static int look_up(shml_seg_t *seg, uint64_t id, shml_ref_t *ref)
-{
-    struct shml_control *c = seg->control;
-    int status;
-    const shml_desc_t *desc = shml_find(seg, id, &status);
-    if (status != SHML_OK)
-        return status;
-    *ref = (shml_ref_t){.status = SHML_REF_MISSING, .chunk = UINT32_MAX};
-    if (desc != NULL && (desc->state == SHML_DESC_READY || desc->state == SHML_DESC_ERROR)) {
-        if (desc->offset > c->ring_bytes || desc->num_bytes > c->ring_bytes - desc->offset)
-            return SHML_POISON(seg);
-        ref->offset = desc->offset;
-        ref->num_bytes = desc->num_bytes;
-        ref->desc = (uint32_t)(desc - shml_descs(c));
-        ref->gen = desc->gen;
-        ref->status = desc->state == SHML_DESC_READY ? SHML_REF_READY : SHML_REF_ERROR;
-        return SHML_OK;
-    }
-    int32_t chunk = shml_chunk_of(c, id);
-    if (chunk >= 0) {
-        ref->chunk = (uint32_t)chunk;
-        if ((shml_chunks(c)[chunk].word & 0xff) == SHML_CHUNK_BROKEN)
-            ref->status = SHML_REF_BROKEN;
-    }
-    return SHML_OK;
-}
-
-int shml_get_many(shml_seg_t *seg, const uint64_t *ids, uint32_t n, int post, shml_ref_t *refs, uint32_t *num_missing)
-{
-    int status = shml_lock(seg);
-    if (status != SHML_OK)
-        return status;
-    int32_t slot = seg->self;
-    if (slot < 0) {
-        shml_unlock(seg);
-        return SHML_E_LEFT;
-    }
-    struct shml_control *c = seg->control;
-    shml_client_t *self = &shml_clients(c)[slot];
-    uint64_t *wants = shml_wants(c, (uint32_t)slot);
-    uint32_t missing = 0, posted = 0;
-    if (post) {
-        self->num_wants = 0;
-        self->least_want = UINT64_MAX;
-        self->most_want = 0;
-    }
-    for (uint32_t i = 0; i < n && status == SHML_OK; i++) {
-        status = look_up(seg, ids[i], &refs[i]);
-        if (status != SHML_OK || refs[i].status != SHML_REF_MISSING)
-            continue;
-        missing++;
-        if (post && posted < SHML_MAX_WANTS) {
-            wants[posted++] = ids[i];
-            self->least_want = ids[i] < self->least_want ? ids[i] : self->least_want;
-            self->most_want = ids[i] > self->most_want ? ids[i] : self->most_want;
-        }
-    }
-    if (post && posted > 0) {
-        SHML_FP("ring.get.listed");
-        self->num_wants = posted;
-        SHML_FP("ring.get.posted");
-    }
-    *num_missing = missing;
-    shml_unlock(seg);
-    return status;
-}
-
-/* So many ids are looked up in one critical section: some 3 us. */
-#define HAVE_STEP 1024u
-
-int shml_have(shml_seg_t *seg, uint64_t first, uint32_t n, uint8_t *bits)
-{
-    memset(bits, 0, ((size_t)n + 7) / 8);
-    int status = SHML_OK;
-    for (uint32_t i = 0; i < n && status == SHML_OK;) {
-        status = shml_lock(seg);
-        if (status != SHML_OK)
-            return status;
-        for (uint32_t end = n - i < HAVE_STEP ? n : i + HAVE_STEP; i < end && status == SHML_OK; i++) {
-            const shml_desc_t *desc = shml_find(seg, first + i, &status);
-            if (desc != NULL && (desc->state == SHML_DESC_READY || desc->state == SHML_DESC_ERROR))
-                bits[i / 8] |= (uint8_t)(1u << (i % 8));
-        }
-        shml_unlock(seg);
-    }
-    return status;
-}
-
-int shml_count_reads(shml_seg_t *seg, const shml_ref_t *refs, uint32_t n, uint32_t *reads)
-{
-    struct shml_control *c = seg->control;
-    for (uint32_t i = 0; i < n; i++) {
-        if (refs[i].desc >= c->num_descs)
-            return SHML_E_INVAL;
-        reads[i] = atomic_fetch_add_explicit(&shml_descs(c)[refs[i].desc].reads, 1, memory_order_relaxed);
-    }
-    return SHML_OK;
 }

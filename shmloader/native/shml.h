@@ -11,8 +11,8 @@
  * and each training process has one batch ring (batch.c), where its workers build batches.
  *
  * Errors: functions return SHML_OK or a negative `shml_status`; SHML_E_SYS leaves the cause in errno.
- * Threads: every function may be called from any thread of an attached process, but a client has one want-list: only one
- * thread of a process may wait for samples at a time.
+ * Threads: every function may be called from any thread of an attached process, but a client has one want-list: only
+ * one thread of a process may wait for samples at a time.
  */
 #ifndef SHML_H
 #define SHML_H
@@ -85,18 +85,29 @@ typedef struct shml_seg {
     uint8_t *ring;           /* mapped; read-only in readers; NULL where no payload is touched */
     uint64_t ring_bytes;     /* of that mapping */
     int lock_fd;
+    /* This process's pins: counts by descriptor (num_descs of them, zeroed by the caller, NULL in a process that never
+     * pins) and the lock over them. A client's bit in a descriptor's mask is set while its count is not 0. */
+    uint16_t *pin_counts;
+    pthread_mutex_t *pin_lock; /* of this process alone; taken after the segment's mutex where both are */
+    uint64_t pinned_bytes;     /* of records with a count, each once; under pin_lock */
     /* This process's client slot, -1: not registered. Changed under the mutex only, since other threads may be in a
      * call when one unregisters: they get SHML_E_LEFT. */
     _Atomic int32_t self;
     const shml_env_t *env;
+    /* Slot + 1 of a client that has left with pins (self is -1): until the last of them is given back it stays ACTIVE,
+     * with role 0. Under the mutex and pin_lock; 0: none. */
+    uint32_t leaving;
 } shml_seg_t;
 
 typedef struct shml_config {
-    uint64_t ring_bytes;     /* multiple of 4096 */
-    uint64_t resident_bytes; /* <= ring_bytes; the rest is transit */
-    uint64_t num_records;    /* most records there can be at once; ids below this never collide in the index */
+    /* The regions of the ring, one behind the other; multiples of 4096. */
+    uint64_t resident_bytes;   /* records that stay */
+    uint64_t transit_bytes;    /* records that give way to others; 0: all that does not fit is refused */
+    uint64_t raw_bytes;        /* encoded chunks, for the services alone */
+    uint64_t raw_budget_bytes; /* so many of them are kept before one is evicted for another */
+    uint64_t num_records;      /* samples of the source; ids below this never collide in the index */
     uint32_t num_chunks;
-    uint32_t is_sequential; /* chunks can be had in order only, by one client at a time */
+    uint64_t record_bytes; /* of every sample, about; 0: not known. For what is promised before the first is there */
     uint8_t uuid[16];
     uint8_t boot_id[16];
     uint64_t pid_namespace; /* inode of /proc/self/ns/pid */
@@ -106,10 +117,11 @@ typedef struct shml_config {
 uint64_t shml_control_bytes(const shml_config_t *config);
 
 /* Make a segment in `control` (zeroed, shml_control_bytes long). Chunks are given as arrays of
- * config->num_chunks first rows (ascending, contiguous) and row counts. The magic is stored last, so
+ * config->num_chunks first rows (ascending, contiguous), row counts and units: units[i] is the index of the first
+ * chunk of i's unit (ascending), whose chunks one client reads one after the other. The magic is stored last, so
  * whoever attaches early gets SHML_E_LAYOUT. */
 int shml_control_format(void *control, uint64_t bytes, const shml_config_t *config, const uint64_t *first_rows,
-                        const uint32_t *num_rows);
+                        const uint32_t *num_rows, const uint32_t *units);
 
 /* Check that `control` is a whole segment of this version, ABI, boot and PID namespace. */
 int shml_control_check(const void *control, uint64_t bytes, const uint8_t boot_id[16], uint64_t pid_namespace);
@@ -130,10 +142,12 @@ enum shml_role { SHML_OWNER = 1, SHML_WORKER = 2, SHML_SERVICE = 3 };
 /* Enter this process: takes a slot and its byte, sets seg->self. `owner` is the slot of a worker's owner
  * (its generation `owner_gen`), else -1. SHML_E_CLIENTS when all slots are taken by living processes. */
 int shml_client_register(shml_seg_t *seg, uint32_t role, int32_t owner, uint32_t owner_gen);
+/* Leave: gives back all but pins. With pins held the slot stays this process's, counted in no role, until the last
+ * shml_unpin, which works after this too; who registers again before gets the same slot. */
 void shml_client_unregister(shml_seg_t *seg);
 uint32_t shml_client_gen(const shml_seg_t *seg, int32_t slot);
 
-/* Clean up after dead clients: frees what they had reserved, gives their chunks to others, drops their wants.
+/* Clean up after dead clients: what they had claimed, reserved, pinned, wanted, ordered and marked.
  * Does nothing if anybody did so less than 100 ms ago, unless `now`. Returns how many it buried, or a status. */
 int shml_reap(shml_seg_t *seg, int now);
 
@@ -159,81 +173,213 @@ typedef struct shml_ticket { /* a reservation; only the reserving process may wr
     uint32_t desc, gen;
 } shml_ticket_t;
 
+/* Ids from SHML_RAW up are not samples: SHML_RAW | chunk is an encoded chunk (in the raw region), and
+ * SHML_CHUNK_ERROR | chunk is the JSON of why a chunk is broken (never evicted). */
+#define SHML_RAW         (UINT64_C(1) << 62)
+#define SHML_CHUNK_ERROR (UINT64_C(1) << 63)
+
 enum shml_ref_status {
     SHML_REF_READY = 0,
     SHML_REF_ERROR = 1,   /* ready, but the record is the JSON of why there is no sample */
-    SHML_REF_MISSING = 2, /* not there yet */
+    SHML_REF_MISSING = 2, /* not there yet, or not any more */
     SHML_REF_BROKEN = 3,  /* will not come: its chunk was set aside or could not be read */
+    SHML_REF_ASIDE = 4,   /* will not come: SHML_MAX_ATTEMPTS prefetchers died over this very row */
 };
 
 typedef struct shml_ref { /* where a record lies; valid while it is resident or pinned */
     uint64_t offset, num_bytes;
     uint32_t desc, gen;
     uint32_t status; /* enum shml_ref_status */
-    uint32_t chunk;  /* of a record that is not there */
+    uint32_t chunk;  /* READY, ERROR: 1 if this look-up pinned it, else 0; others: its chunk, UINT32_MAX: none */
 } shml_ref_t;
 
-/* Ids from here up are not samples: SHML_CHUNK_ERROR | chunk is the JSON of why a chunk is broken. */
-#define SHML_CHUNK_ERROR (UINT64_C(1) << 63)
+/* Until when a record is of use, so that it is not evicted before: while order `order` (of generation `gen`) lives and
+ * its low-water mark is below `until`. order == SHML_NO_ORDER: nobody is known to need it. */
+#define SHML_NO_ORDER UINT32_MAX
+typedef struct shml_stamp {
+    uint32_t order, gen;
+    uint64_t until;
+} shml_stamp_t;
 
-/* Make room for record `id`. Errors: EXISTS, FULL (the resident part), TOOBIG, EXTEND (call
- * shml_ring_back, then again). The bytes at ring + ticket->offset are the caller's to write until
- * shml_commit or shml_abort; they are not zeroed. */
-int shml_reserve(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, shml_ticket_t *ticket);
+/* ---- writing (services) ---- */
+
+/* Take rows to decode: got[i] = 1 where ids[i] is nowhere yet and now is this client's (CLAIMED), else 0. A row over
+ * which a client died (SUSPECT) is only had alone (n == 1), so that it can take no others with it. A claim ends with
+ * shml_commit, shml_abort, shml_unclaim_rows or this client's death, which makes the row SUSPECT, and after
+ * SHML_MAX_ATTEMPTS deaths sets it ASIDE. Rows of broken chunks are not had. INVAL: an id is none of a row; FULL: there
+ * is no descriptor left (got tells what was claimed all the same). */
+int shml_claim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint8_t *got);
+int shml_unclaim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n); /* those that still are CLAIMED by us */
+
+/* Make room for record `id` (a row that this client has claimed, or an id that is nowhere or SUSPECT). Rows of chunks
+ * that STAY go to the resident region while it has room, all others to transit (if there is none, to resident);
+ * SHML_RAW ids to the raw region; SHML_CHUNK_ERROR ids to resident, or transit.
+ * In transit and raw room that was never used comes first, in raw within its budget; then the first run of bytes that is
+ * free or held by evictable blocks, which are evicted.
+ * Not evictable: RESERVED; pinned; wanted by a client whose posted look-up is not complete (want stamp); stamped by a
+ * living order that is not past it, unless `urgent`; raw of a chunk that STAYs and is not DONE.
+ * Errors: EXISTS (ready, or reserved or claimed by another), FULL (nothing can be evicted now: wait on
+ * shml_work_word, try again; with `urgent` the readers that hold stamps are told to copy what they have),
+ * TOOBIG (larger than its region), MEMORY (larger than what a frozen transit or raw has), EXTEND (call shml_ring_back
+ * for ticket->desc == the region, need_end == ticket->offset + ticket->num_bytes, then again). `stamp` may be NULL.
+ * The bytes at ring + ticket->offset are the caller's to write until shml_commit or shml_abort; they are not zeroed. */
+int shml_reserve(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, const shml_stamp_t *stamp, int urgent,
+                 shml_ticket_t *ticket);
 /* Publish: readers see all that was written before. status: SHML_REF_READY or SHML_REF_ERROR. STALE if the
  * reservation was taken away (only from the dead). */
 int shml_commit(shml_seg_t *seg, const shml_ticket_t *ticket, uint32_t status);
 int shml_abort(shml_seg_t *seg, const shml_ticket_t *ticket);
 
-/* Look up `n` ids in one critical section. With `post`, what is missing becomes this client's want-list (else
- * the list is left alone; an empty one is posted when nothing is missing). *num_missing counts MISSING refs.
- * Protocol: seen = shml_wake_word(seg); shml_get_many(...); if missing: shml_wait(seg, seen, ms), again. */
-int shml_get_many(shml_seg_t *seg, const uint64_t *ids, uint32_t n, int post, shml_ref_t *refs, uint32_t *num_missing);
+/* ---- reading ---- */
+
+/* Which batch of which order a look-up is: the positions [begin, end) of the order that its rows are. */
+typedef struct shml_place {
+    uint32_t order, gen;
+    uint64_t begin, end;
+} shml_place_t;
+
+enum { SHML_GET_POST = 1, SHML_GET_TAKE = 2 };
+
+typedef struct shml_found {
+    uint32_t num_missing;
+    uint32_t over_quota; /* 1: with these pins the client holds more than its share of transit: copy, then unpin */
+} shml_found_t;
+
+/* Look up `n` ids in one critical section.
+ * Nothing missing: every ref in transit is pinned (ref.chunk == 1), in this section.
+ * Else, with SHML_GET_POST, what is missing becomes this client's want-list, and what is there in transit is stamped as
+ * wanted by this client until its next complete or posted look-up, so that it stays while the rest comes (a record has
+ * room for the stamps of two clients). With SHML_GET_TAKE what is there
+ * is pinned although something is missing: the caller copies it out, unpins it and asks for the rest only, so that
+ * nobody sleeps on what others need the room of. Without either nothing is changed.
+ * place (NULL: not known): this client's mark in the order becomes place->begin when the look-up is posted and
+ * place->end when it is complete.
+ * Protocol: get(0); if missing: loop { seen = shml_wake_word; get(POST, or POST | TAKE once what is stamped was in the way
+ * of others: num_starved has moved); ...; shml_wait(seen) }; a look-up of n == 0 with POST withdraws the wants. Only
+ * look-ups with POST end stamps: another thread may be waiting with them. */
+int shml_get_many(shml_seg_t *seg, const uint64_t *ids, uint32_t n, int flags, const shml_place_t *place,
+                  shml_ref_t *refs, shml_found_t *found);
+/* Give pins back (those of refs with chunk == 1 and status READY or ERROR), without the mutex, from any thread. INVAL,
+ * STALE: one of them was pinned no more. */
+int shml_unpin(shml_seg_t *seg, const shml_ref_t *refs, uint32_t n);
+/* One more of a pin that the caller holds. */
+int shml_pin_again(shml_seg_t *seg, const shml_ref_t *ref);
+/* Bytes of transit that this client may have pinned: half of it, shared by the living owners and workers. */
+uint64_t shml_pin_quota(const shml_seg_t *seg);
+
 uint32_t shml_wake_word(const shml_seg_t *seg);
-/* Sleep until a commit met the last of this client's wants, a chunk that it waits for broke, or at most
- * min(timeout_ms, SHML_TICK_MS). */
+/* Sleep until a commit met the last of this client's wants, a chunk that it waits for broke, its stamps are in the way
+ * of others, or at most min(timeout_ms, SHML_TICK_MS). */
 void shml_wait(shml_seg_t *seg, uint32_t seen, uint32_t timeout_ms);
 
-/* Which ids in [first, first + n) are ready or in error: bit i of `bits` ((n + 7) / 8 bytes, zeroed here). */
-int shml_have(shml_seg_t *seg, uint64_t first, uint32_t n, uint8_t *bits);
-/* The ids in [first, first + n) that some client wants, at most `max`, unsorted; returns how many. */
-int shml_wanted(shml_seg_t *seg, uint64_t first, uint32_t n, uint64_t *ids, uint32_t max);
-/* Count one more read of each sample and give the count before: the "epoch" of a transform's seed. */
-int shml_count_reads(shml_seg_t *seg, const shml_ref_t *refs, uint32_t n, uint32_t *reads);
+enum shml_row {
+    SHML_ROW_MISSING = 0,
+    SHML_ROW_SUSPECT = 1, /* missing, and a prefetcher died over it */
+    SHML_ROW_WORK = 2,    /* claimed or reserved */
+    SHML_ROW_TRANSIT = 3, /* there, for now */
+    SHML_ROW_FINAL = 4,   /* resident, set aside, or of a broken chunk: nothing to do, ever */
+};
+/* What there is of each id. With `stamp`, ids[i] is the row at position stamp->until + i - 1 of an order: FINAL also if it
+ * was read there, whatever became of it since; and what is in transit and no living order needs any more is stamped
+ * anew with (stamp->order, stamp->gen, stamp->until + i). */
+int shml_look(shml_seg_t *seg, const uint64_t *ids, uint32_t n, const shml_stamp_t *stamp, uint8_t *rows);
+/* Ids that clients want and that are MISSING or SUSPECT; at most `max`, unsorted, perhaps repeated; returns how
+ * many. */
+int shml_wanted(shml_seg_t *seg, uint64_t *ids, uint32_t max);
+/* Count one more read of each row and give the count before: the "epoch" of a transform's seed. */
+int shml_count_reads(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint32_t *reads);
 
 /* ---------------------------------------------------------------------------------------------------- *
- * Chunks (chunk.c): who reads what
+ * Chunks (chunk.c): who fetches what
  * ---------------------------------------------------------------------------------------------------- */
-/* A chunk whose readers died this many times is set aside (DESIGN: a task that kills three prefetchers). */
+/* A chunk whose fetchers, or a row whose decoders, died this many times is set aside. */
 #define SHML_MAX_ATTEMPTS 3
 
-/* Take the unread chunk with most waiting rows, else the first unread one. NOTFOUND: there is none to take
- * now; wait on shml_work_word. For services. */
-int shml_chunk_claim(shml_seg_t *seg, uint32_t *chunk);
-/* Every row of a claimed chunk is committed (or in error). */
-int shml_chunk_done(shml_seg_t *seg, uint32_t chunk);
-/* It cannot be read; the JSON of the reason is record SHML_CHUNK_ERROR | chunk, if there was room. */
-int shml_chunk_broken(shml_seg_t *seg, uint32_t chunk);
+/* Of shml_chunk_look: the state, and */
+#define SHML_CHUNK_STAYS   0x10u /* its rows go to the resident region */
+#define SHML_CHUNK_HAS_RAW 0x20u /* its encoded rows are in the raw region */
+int shml_chunk_look(shml_seg_t *seg, const uint32_t *chunks, uint32_t n, uint8_t *states);
+/* Take a chunk to fetch. Decides whether its rows STAY: while the resident region is not promised away.
+ * EXISTS: its raw record is there. STALE: another has it, or reads its unit. NOTFOUND: it is done or broken. */
+int shml_chunk_claim(shml_seg_t *seg, uint32_t chunk);
+/* The claim's end: fetched (its raw record is committed), given up for now (0), or it cannot be read (broken: the JSON
+ * of the reason is record SHML_CHUNK_ERROR | chunk, if there was room). A chunk becomes DONE by itself, when all of its
+ * rows are FINAL, and a claim of it ends with that. STALE: this client has not claimed it (any more). */
+enum { SHML_FETCH_GIVEN_UP = 0, SHML_FETCH_OK = 1, SHML_FETCH_BROKEN = 2 };
+int shml_chunk_end(shml_seg_t *seg, uint32_t chunk, int outcome);
+/* Chunks that are not fetched, not claimed, and have rows that clients wait for, with how many; at most `max`;
+ * returns how many. */
+int shml_chunks_wanted(shml_seg_t *seg, uint32_t *chunks, uint32_t *counts, uint32_t max);
+/* Give the raw region's memory back (`fd` is the ring's) if every chunk is done or broken and no raw record is pinned.
+ * Returns 1 if it was, else 0. */
+int shml_raw_release(shml_seg_t *seg, int fd);
+
+/* The futex word of the services: +1 when wants are posted, a chunk is fetched or free again, an order begins, moves or
+ * ends, or something can be evicted that could not before. */
 uint32_t shml_work_word(const shml_seg_t *seg);
 void shml_work_wait(shml_seg_t *seg, uint32_t seen, uint32_t timeout_ms);
+void shml_work_tell(shml_seg_t *seg);
 /* Something moved (bytes came in, say): readers wait on. */
 void shml_touch(shml_seg_t *seg);
+/* Count bytes read from the source. */
+void shml_count_fetched(shml_seg_t *seg, uint64_t num_bytes);
+/* Count time spent making samples. */
+void shml_count_decoding(shml_seg_t *seg, uint64_t ns);
+
+/* ---------------------------------------------------------------------------------------------------- *
+ * Orders (order.c): what will be read, as far as it is known
+ * ---------------------------------------------------------------------------------------------------- */
+typedef struct shml_order_info {
+    uint64_t seed, epoch, num_positions;
+    uint32_t kind, rank, world_size, drop_last; /* order.py's; the core does not look at them */
+    /* Told by shml_orders: */
+    uint32_t slot, gen;
+    uint64_t low_water; /* the least mark of its living readers, or the last there was: positions below are consumed */
+} shml_order_info_t;
+/* Begin an order; it lives until shml_order_end, or until this client is gone. FULL: SHML_MAX_ORDERS live. Sets slot,
+ * gen.
+ */
+int shml_order_begin(shml_seg_t *seg, shml_order_info_t *order);
+int shml_order_end(shml_seg_t *seg, uint32_t slot, uint32_t gen); /* STALE: it has ended */
+/* The living orders; at most `max`; returns how many. shml_num_orders: a guess without the mutex. */
+int shml_orders(shml_seg_t *seg, shml_order_info_t *orders, uint32_t max);
+uint32_t shml_num_orders(const shml_seg_t *seg);
+
+typedef struct shml_region_stats {
+    uint64_t bytes, backed_bytes, used_bytes; /* used: of records; in resident also the end of the highest, `head` */
+    uint64_t head_bytes;
+    uint32_t num_blocks, frozen; /* frozen: memory was refused, it will not grow beyond backed_bytes */
+} shml_region_stats_t;
 
 typedef struct shml_stats {
-    uint64_t ring_bytes, resident_bytes, backed_bytes, used_bytes;
-    uint64_t head_bytes;  /* end of the highest record */
-    uint64_t num_records; /* most there can be: the rows of the source */
-    uint64_t num_ready, num_errors, num_reserved, num_commits;
+    shml_region_stats_t resident, transit, raw;
+    uint64_t num_records;                      /* the rows of the source */
+    uint64_t num_ready, num_errors, num_aside; /* samples there are (resident and transit); that cannot be made */
+    uint64_t num_reserved, num_claimed, num_suspect;
+    uint64_t num_commits;   /* of samples, ever: decodes */
+    uint64_t commit_bytes;  /* of those */
+    uint64_t num_reads;     /* samples handed out, ever */
+    uint64_t num_evicted;   /* samples evicted, ever */
+    uint64_t num_starved;   /* urgent reservations that found no room at once, ever */
+    uint64_t fetched_bytes; /* from the source, ever */
+    uint64_t decoding_ns;   /* that services have spent making samples, all together, ever */
+    uint64_t num_fetched;   /* chunks fetched, ever */
     uint64_t progress;
     uint32_t chunks_todo, chunks_claimed, chunks_done, chunks_broken;
     uint32_t num_owners, num_workers, num_services, num_reaped, num_services_lost, num_rebuilds;
-    uint32_t state;  /* 1 ready, 3 poisoned */
-    uint32_t frozen; /* the ring will not grow beyond backed_bytes: memory was refused */
+    uint32_t num_orders;
+    uint32_t state; /* 1 ready, 3 poisoned */
 } shml_stats_t;
 int shml_get_stats(shml_seg_t *seg, shml_stats_t *stats);
 
 /* Small texts that all clients share, each written once: the first `put` wins, later ones get EXISTS. */
-enum shml_text { SHML_TEXT_SCHEMA = 0, SHML_TEXT_FATAL = 1, SHML_NUM_TEXTS = 2 };
+enum shml_text {
+    SHML_TEXT_SCHEMA = 0,
+    SHML_TEXT_FATAL = 1,
+    SHML_TEXT_MEMORY = 2,  /* a warning: memory was refused */
+    SHML_TEXT_REFETCH = 3, /* a warning: chunks are fetched again and again */
+    SHML_NUM_TEXTS = 4
+};
 #define SHML_TEXT_BYTES 32768u
 int shml_text_put(shml_seg_t *seg, uint32_t which, const void *text, uint32_t num_bytes);
 /* Returns its length (copied to `text`, SHML_TEXT_BYTES large), NOTFOUND if nobody put it yet. */
@@ -262,9 +408,11 @@ int shml_memory_read(const char *root, shml_memory_t *memory);
 int shml_back(int fd, uint64_t from, uint64_t to, void *at, uint64_t spare_bytes, const char *root,
               shml_memory_t *memory);
 
-/* Back the ring's next extent so that byte `need_end` has memory. Any number of writers may do so at once.
- * SHML_E_MEMORY freezes the ring at what it has. `fd` is the ring's. */
-int shml_ring_back(shml_seg_t *seg, int fd, uint64_t need_end, shml_memory_t *memory);
+/* Back the next extent of a region so that byte `need_end` (from the ring's start) has memory. Any number of writers
+ * may do so at once. SHML_E_MEMORY freezes that region at what it has; a frozen resident region is only full, since
+ * what finds no room goes to transit. `fd` is the ring's. */
+enum shml_region_index { SHML_RESIDENT = 0, SHML_TRANSIT = 1, SHML_RAW_REGION = 2, SHML_NUM_REGIONS = 3 };
+int shml_ring_back(shml_seg_t *seg, int fd, uint32_t region, uint64_t need_end, shml_memory_t *memory);
 
 /* ---------------------------------------------------------------------------------------------------- *
  * Mappings (map.c) and access faults (fault.c)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import shmloader._native as native
 from shmloader.errors import ServiceError, from_wire
+from shmloader.files import CREATOR_BYTE, STARTER_BYTE, SUPERVISOR_BYTE, RingFiles
 from shmloader.prefetch.plan import SetPlan, read_plan
 from shmloader.prefetch.spawn import spawn
-from shmloader.ring import CREATOR_BYTE, STARTER_BYTE, SUPERVISOR_BYTE, RingFiles
 
 #: A fresh interpreter takes 0.1 s to take its byte; on a machine that swaps, much longer (guessed).
 START_TIMEOUT_S = 30.0

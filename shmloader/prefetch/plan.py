@@ -5,6 +5,9 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
+import numpy as np
+
+from shmloader.order import Chunks
 from shmloader.prefetch.plan_file import Layout, read_parts, write_parts
 from shmloader.sample import Schema
 from shmloader.sources.base import SourcePlan
@@ -12,10 +15,25 @@ from shmloader.sources.base import SourcePlan
 
 @dataclass(frozen=True)
 class SetPlan:
-    """The source's plan, and the samples' schema if it is known before the first row was processed."""
+    """The source's plan, and the samples' schema if it is known before the first row was processed.
+
+    window_bytes: encoded bytes of the chunks that an order shuffles among one another.
+    """
 
     source: SourcePlan
     schema: Schema | None
+    window_bytes: int
+
+    def chunks(self) -> Chunks:
+        """How the source is cut, for the order."""
+        source = self.source
+        units = np.unique(np.array(source.units, np.int64), return_inverse=True)[1]
+        return Chunks(
+            np.array([chunk.first_row for chunk in source.chunks], np.int64),
+            np.array([chunk.num_rows for chunk in source.chunks], np.int64),
+            units.astype(np.int64),
+            np.array(source.chunk_bytes, np.int64),
+        )
 
     def describe(self, row: int) -> str:
         """Where ``row`` is to be found, for messages: source, split, shard and row."""
@@ -31,8 +49,11 @@ def write_plan(fd: int, plan: SetPlan) -> None:
     layout = Layout(
         num_rows=source.num_rows,
         chunks=[(chunk.first_row, chunk.num_rows) for chunk in source.chunks],
-        is_sequential=source.is_sequential,
+        units=list(source.units),
+        chunk_bytes=list(source.chunk_bytes),
         record_bytes=None if schema is None else schema.record_bytes(),
+        most_record_bytes=None if schema is None else schema.most_record_bytes(),
+        window_bytes=plan.window_bytes,
     )
     write_parts(fd, layout, source.to_json(), None if schema is None else schema.to_json())
 
@@ -42,5 +63,7 @@ def read_plan(fd: int) -> SetPlan | None:
     parts = read_parts(fd)
     if parts is None:
         return None
-    _, source, schema = parts
-    return SetPlan(SourcePlan.from_json(source), None if schema is None else Schema.from_json(schema))
+    layout, source, schema = parts
+    return SetPlan(
+        SourcePlan.from_json(source), None if schema is None else Schema.from_json(schema), layout.window_bytes
+    )

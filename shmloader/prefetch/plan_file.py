@@ -17,13 +17,19 @@ from shmloader.errors import from_wire
 class Layout:
     """What the control memory is laid out for.
 
-    chunks: (first row, number of rows) of each. record_bytes: of every sample, None where they differ.
+    chunks: (first row, number of rows) of each. units: for each the index of its unit's first chunk. chunk_bytes: its
+    (estimated) encoded bytes. record_bytes: of every sample, None: they differ. most_record_bytes: no sample
+    is larger, None: not known.
+    window_bytes: encoded bytes of the chunks that an order shuffles among one another.
     """
 
     num_rows: int
     chunks: list[tuple[int, int]]
-    is_sequential: bool
+    units: list[int]
+    chunk_bytes: list[int]
     record_bytes: int | None
+    most_record_bytes: int | None
+    window_bytes: int
 
 
 def write_parts(fd: int, layout: Layout, source: str, schema: str | None) -> None:

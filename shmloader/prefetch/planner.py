@@ -10,7 +10,7 @@ from shmloader.prefetch.plan import SetPlan, write_plan
 from shmloader.prefetch.plan_file import write_failure
 
 
-def make_plan(fds: dict[str, int]) -> SetPlan:
+def make_plan(fds: dict[str, int], window_bytes: int) -> SetPlan:
     """The plan of the payload's request; loads all of the user's objects, so that what is wrong shows now."""
     from shmloader import processors
     from shmloader.sources import make_plan as plan_source
@@ -21,12 +21,12 @@ def make_plan(fds: dict[str, int]) -> SetPlan:
     if work.process is None:
         built = processors.build(source.columns, work.config, work.tokenizer, None)
         schema = processors.schema_of(built, source.name)
-    return SetPlan(source, schema)
+    return SetPlan(source, schema, window_bytes)
 
 
 def main(fds: dict[str, int], head: dict[str, Any]) -> None:
     """Write the plan, or why there is none, into the plan memfd."""
     try:
-        write_plan(fds["plan"], make_plan(fds))
+        write_plan(fds["plan"], make_plan(fds, head["window_bytes"]))
     except (Exception, SystemExit) as error:
         write_failure(fds["plan"], to_wire(error))

@@ -1,7 +1,12 @@
-"""A prefetcher: takes a chunk, reads its rows, makes each a sample in the ring, until there is none left.
+"""A prefetcher: fetches chunks of the source and decodes rows into the ring, until there is none left.
 
-Every row of a chunk that it finishes is in the ring, as a sample or as the reason why there is none. It keeps
-nothing in between: killed at any point, its chunk is done again by another, which leaves out what is there.
+::
+
+    thread "fetch"   source ──read──▶ Arrow ──────────▶ raw region          fetch_schedule.py, fetcher.py
+    main thread                  raw region ──decode──▶ records of samples  schedule.py, decoder.py
+
+Any prefetcher decodes rows of any chunk in the raw region, whoever fetched it. It keeps nothing in between: killed at
+any point, what it had claimed is done again by another.
 """
 
 from __future__ import annotations
@@ -10,167 +15,103 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 import shmloader._native as native
 from shmloader import processors
-from shmloader.errors import ProcessError, RecordTooLargeError, RingError, SampleError, ServiceError, ShmloaderError
+from shmloader.errors import ShmloaderError
+from shmloader.files import RingFiles
+from shmloader.prefetch.decoder import Decoder
+from shmloader.prefetch.fetch_schedule import FetchSchedule
+from shmloader.prefetch.fetcher import IDLE_MS, Fetcher
+from shmloader.prefetch.orders import FollowedOrders
 from shmloader.prefetch.payload import read_work
 from shmloader.prefetch.plan import SetPlan, read_plan
-from shmloader.processors.base import Processor, Rows
-from shmloader.processors.user import UserProcessor
-from shmloader.ring import Ring, RingFiles
-from shmloader.sample import RecordLayout, Schema
+from shmloader.prefetch.schedule import DecodeSchedule
+from shmloader.prefetch.store import RawStore
+from shmloader.processors.base import Processor
+from shmloader.ring import Ring
+from shmloader.sizes import WINDOWS
 from shmloader.sources import open_reader
-from shmloader.sources.base import Chunk
+from shmloader.sources.base import Reader
+from shmloader.writer import NoRoom, Writer
 
 log = logging.getLogger("shmloader.prefetcher")
 
-#: How long it sleeps when others hold all chunks that are left; it is woken when one is given back.
-IDLE_MS = 1000
+#: How long the fetching thread is waited for at the end: it may hang in a read.
+STOP_S = 1.0
 
 
 class Prefetcher:
-    """Fills the ring of one set from one source."""
+    """Fills the ring of one set from one source; one of ``num_prefetchers``."""
 
-    def __init__(self, ring: Ring, plan: SetPlan, built: Sequence[Processor], reader: Any) -> None:
+    def __init__(
+        self, ring: Ring, plan: SetPlan, built: Sequence[Processor], reader: Reader, num_prefetchers: int
+    ) -> None:
         self.ring = ring
-        self.plan = plan
-        self.processors = built
-        self.reader = reader
-        self.schema = plan.schema
-        if self.schema is None and ring.segment.text_get(native.TEXT_SCHEMA) is not None:
-            self._adopt()
+        self.segment = ring.segment
+        self.writer = Writer(ring)
+        chunks = plan.chunks()
+        orders = FollowedOrders(self.segment, chunks, plan.window_bytes)
+        store = RawStore(ring, self.writer, plan.source.schema, chunks.first_rows.tolist())
+        record_bytes = None if plan.schema is None else plan.schema.record_bytes()
+        self.schedule = DecodeSchedule(self.segment, self.writer, chunks, orders, num_prefetchers, record_bytes)
+        self.decoder = Decoder(ring, self.writer, plan, built, store, self.schedule)
+        units = np.array(plan.source.units, np.int64)
+        fetching = FetchSchedule(self.segment, chunks, units, orders, raw_budget(plan))
+        held_bytes = raw_budget(plan) // num_prefetchers
+        self.fetcher = Fetcher(self.segment, self.writer, plan, reader, store, fetching, held_bytes)
 
-    def run(self) -> None:
-        """Work until every chunk is done or cannot be had."""
-        segment = self.ring.segment
-        while True:
-            seen = segment.work_word()
-            index = segment.claim()
-            if index >= 0:
-                if not self._do(index):
-                    return
-                continue
-            stats = segment.stats()
-            if stats["chunks_todo"] == 0 and stats["chunks_claimed"] == 0:
-                log.debug("nothing is left to do")
-                return
-            segment.work_wait(seen, IDLE_MS)
-            segment.reap(False)
-
-    def _do(self, index: int) -> bool:
-        """Fill one chunk; False: there is no room, for this chunk or any other."""
-        chunk = self.plan.source.chunks[index]
+    def run(self) -> bool:
+        """Work until every chunk is done or broken, or nothing can be done any more. False: a read still hangs."""
+        began = time.monotonic()
+        self.fetcher.start()
         try:
-            try:
-                self._fill(chunk)
-            except RingError:
-                raise
-            except Exception as error:
-                log.error("chunk %d: %s", index, error, exc_info=not isinstance(error, ShmloaderError))
-                self.ring.put_error(native.CHUNK_ERROR | index, self._of_chunk(error, chunk))
-                self.ring.segment.finish(index, True)
-            else:
-                self.ring.segment.finish(index, False)
-        except RingError as error:
-            log.error("%s", error)
-            self.ring.put_fatal(error)
-            return False
-        return True
-
-    def _of_chunk(self, error: Exception, chunk: Chunk) -> Exception:
-        if isinstance(error, ShmloaderError):
-            return error
-        told = ServiceError(
-            f"{self.plan.describe(chunk.first_row)} and the {chunk.num_rows - 1} after it cannot be processed: "
-            f"{type(error).__name__}: {error}",
-            role="prefetcher",
-        )
-        told.__cause__ = error
-        return told
-
-    def _fill(self, chunk: Chunk) -> None:
-        segment = self.ring.segment
-        have = segment.have(chunk.first_row, chunk.num_rows)
-        wanted = segment.wanted(chunk.first_row, chunk.num_rows)
-        for first_row, batch in self.reader.read(chunk, wanted):
-            segment.touch()
-            begun = [processor.begin(batch) for processor in self.processors]
-            now = set(segment.wanted(first_row, batch.num_rows))
-            # Rows that somebody waits for come first.
-            for i in sorted(range(batch.num_rows), key=lambda i: first_row + i not in now):
-                row = first_row + i
-                bit = row - chunk.first_row
-                if not have[bit // 8] >> (bit % 8) & 1:
-                    self._put(row, i, begun, chunk)
-            del begun, batch
-
-    def _put(self, row: int, i: int, begun: Sequence[Rows], chunk: Chunk) -> None:
-        try:
-            self._make(row, i, begun)
-        except RecordTooLargeError as error:
-            raise self._place(error, row, chunk) from error
-        except RingError:
-            raise
+            self._decode()
         except Exception as error:
-            self.ring.put_error(row, self._place(error, row, chunk))
+            log.error("%s", error, exc_info=not isinstance(error, ShmloaderError))
+            self.writer.put_fatal(error)
+        ended = self.fetcher.stop(STOP_S)
+        self.segment.raw_release(self.ring.files.ring_fd)
+        total_s = max(time.monotonic() - began, 1e-9)
+        log.debug(
+            "decoded for %.1f of %.1f s (%.1f %%)", self.decoder.busy_s, total_s, 100 * self.decoder.busy_s / total_s
+        )
+        return ended
 
-    def _make(self, row: int, i: int, begun: Sequence[Rows]) -> None:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for rows in begun:
-            shapes.update(rows.shapes(i))
-        if self.schema is None and self._agree():
-            for rows in begun:  # what another prefetcher found first is what every row must have
-                shapes.update(rows.shapes(i))
-        assert self.schema is not None
-        layout = RecordLayout(self.schema, shapes)
-        ticket = self.ring.reserve(row, layout.num_bytes)
-        if ticket is None:
-            return  # a predecessor that lost its chunk had committed it
-        try:
-            record = self.ring.record_of(ticket)
-            layout.write_header(record)
-            arrays = layout.arrays(record)
-            for rows in begun:
-                rows.write(i, arrays)
-        except Exception:
-            self.ring.abort(ticket)
-            raise
-        self.ring.commit(ticket)
+    def _decode(self) -> None:
+        while True:
+            seen = self.segment.work_word()
+            task = self.schedule.next(self.decoder.most_rows)
+            if task is not None:
+                try:
+                    self.decoder.do(task)
+                except NoRoom:
+                    self.schedule.block()
+                continue
+            if self._is_over():
+                return
+            wait_ms = min(self.schedule.wait_s() * 1000 + 1, IDLE_MS)
+            self.segment.work_wait(seen, int(wait_ms))
+            self.segment.reap(False)
 
-    def _place(self, error: Exception, row: int, chunk: Chunk) -> ShmloaderError:
-        """The same error with source, shard and row, in its data and its message."""
-        shard = self.plan.source.shards[chunk.shard] if self.plan.source.shards else None
-        kind: type[ShmloaderError] = SampleError
-        text, data = f"{type(error).__name__}: {error}", {}
-        if isinstance(error, SampleError | RecordTooLargeError):
-            kind, text, data = type(error), str(error), error.data
-        data = {**data, "source": self.plan.source.name, "shard": shard, "row": row}
-        placed = kind(f"{self.plan.describe(row)}: {text}", **data)
-        placed.__cause__ = error
-        return placed
+    def _is_over(self) -> bool:
+        stats = self.segment.stats()
+        if stats["chunks_todo"] == 0 and stats["chunks_claimed"] == 0:
+            log.debug("nothing is left to do")
+            return True
+        return self.segment.text_get(native.TEXT_FATAL) is not None
 
-    def _agree(self) -> bool:
-        """Have a schema; the first prefetcher that has processed a row decides it. False: it was this one."""
-        schema = processors.schema_of(self.processors, self.plan.source.name)
-        text = schema.to_json().encode()
-        if len(text) > native.TEXT_BYTES:
-            raise ProcessError(f"process returns {len(schema.fields)} fields: too many to describe in 32 KiB")
-        self.ring.segment.text_put(native.TEXT_SCHEMA, text)
-        return self._adopt() != schema
 
-    def _adopt(self) -> Schema:
-        text = self.ring.segment.text_get(native.TEXT_SCHEMA)
-        assert text is not None
-        self.schema = Schema.from_json(text.decode())
-        for processor in self.processors:
-            if isinstance(processor, UserProcessor):
-                processor.adopt(self.schema.fields)
-        return self.schema
+def raw_budget(plan: SetPlan) -> int:
+    """Encoded bytes of chunks to be fetched ahead of an order: some windows, and the chunk that is being read."""
+    largest = max(plan.source.chunk_bytes, default=0)
+    return WINDOWS * max(plan.window_bytes, largest) + largest
 
 
 def main(fds: dict[str, int], head: dict[str, Any]) -> None:
@@ -199,13 +140,13 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
         reader = open_reader(work.request, plan.source, ring.segment.touch)
     except Exception as error:
         log.debug("cannot start", exc_info=True)
-        ring.put_fatal(error)
+        Writer(ring).put_fatal(error)
     else:
-        Prefetcher(ring, plan, built, reader).run()
-        reader.close()
+        if Prefetcher(ring, plan, built, reader, head["num_prefetchers"]).run():
+            reader.close()
     ring.leave()
     # Without the interpreter's teardown: pyarrow's threads that still wind down can make it abort (seen with files of
-    # a Hub: "terminate called without an active exception").
+    # a Hub: "terminate called without an active exception"), and a read may still hang in the network.
     logging.shutdown()
     sys.stderr.flush()
     os._exit(0)

@@ -18,10 +18,13 @@ import subprocess
 from typing import Any
 
 import shmloader._native as native
-from shmloader.errors import ServiceError, ring_full, to_wire
+from shmloader.errors import ServiceError, to_wire
+from shmloader.files import CREATOR_BYTE, SUPERVISOR_BYTE, RingFiles, format_set
 from shmloader.prefetch.plan_file import Layout, read_parts
 from shmloader.prefetch.spawn import spawn
-from shmloader.ring import CREATOR_BYTE, SUPERVISOR_BYTE, Ring, RingFiles, format_control
+from shmloader.ring import Ring
+from shmloader.sizes import divide
+from shmloader.writer import Writer
 
 log = logging.getLogger("shmloader.supervisor")
 
@@ -137,9 +140,16 @@ class Supervisor:
             planner.wait()
 
     def _format(self, layout: Layout) -> None:
-        if layout.record_bytes is not None and layout.record_bytes * layout.num_rows > self.files.ring_bytes:
-            raise ring_full(layout.record_bytes * layout.num_rows, self.files.ring_bytes, 0)
-        format_control(self.files, layout.num_rows, layout.chunks, layout.is_sequential)
+        sizes = divide(
+            self.head["ring_bytes"],
+            num_rows=layout.num_rows,
+            most_record_bytes=layout.most_record_bytes,
+            chunk_bytes=layout.chunk_bytes,
+            in_flight=self.head["in_flight"],
+            ahead=self.head["ahead"],
+            window_bytes=layout.window_bytes,
+        )
+        format_set(self.files, sizes, layout.num_rows, layout.chunks, layout.units, layout.record_bytes)
 
     def _answer(self, answer: dict[str, Any]) -> None:
         assert self.status_fd is not None
@@ -152,12 +162,6 @@ class Supervisor:
 
     def _supervise(self, ring: Ring) -> None:
         segment = ring.segment
-        parts = read_parts(self.fds["plan"])
-        if parts is not None and parts[0].is_sequential:
-            # A stream is read by one: each of several would have to read all that the others did.
-            self.num_prefetchers = 1
-            while len(self.prefetchers) > 1:
-                self.prefetchers.pop().close()
         for prefetcher in self.prefetchers:
             prefetcher.go((ring.slot, ring.gen))
         if self.status_fd is not None:
@@ -192,7 +196,7 @@ class Supervisor:
             self.idle_deaths = 0 if done != self.done_at_death else self.idle_deaths + 1
             self.done_at_death = done
             if self.idle_deaths >= MAX_IDLE_DEATHS:
-                ring.put_fatal(
+                Writer(ring).put_fatal(
                     ServiceError(
                         f"Prefetch processes end at once, {self.idle_deaths} in a row (last exit status {code}); what "
                         "they wrote to stderr may say why.",

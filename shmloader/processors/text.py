@@ -54,12 +54,12 @@ class TextProcessor:
         self.columns: tuple[str, ...] = (column,)
         self.max_text_length = max_text_length
         self.vocab_size = vocab_size
-        pad = pad_id_of(tokenizer)
+        pad, most = pad_id_of(tokenizer), (max_text_length,)
         self._tokenizer = tokenizer
         self._encode: Encode | None = None
-        self.fields: tuple[Field, ...] = (Field("text", "int64", (None,), pad=pad, mask="attention_mask"),)
+        self.fields: tuple[Field, ...] = (Field("text", "int64", (None,), pad=pad, mask="attention_mask", most=most),)
         if labels_from_text:
-            self.fields += (Field("labels", "int64", (None,), pad=IGNORED_LABEL, same_as="text"),)
+            self.fields += (Field("labels", "int64", (None,), pad=IGNORED_LABEL, same_as="text", most=most),)
 
     def begin(self, batch: pa.RecordBatch) -> _TextRows:
         """Tokenise the rows of ``batch`` in one call, or one by one where that fails."""

@@ -8,11 +8,13 @@
 ==========  ======================================  ===============================
 mode        rows come from                          chunks
 ==========  ======================================  ===============================
-local       Parquet files on this machine           pieces of row groups, any order
+local       Parquet files on this machine           row groups, any order
 streaming   Parquet files on the Hub                row groups, any order
 loaded      a ``datasets.Dataset``, prepared Arrow  64 rows, any order
 sequential  a stream, or files of another format    64 rows, front to back
 ==========  ======================================  ===============================
+
+A row group of more than 64 MiB is cut into several chunks, which are read front to back.
 
 Importing this package imports neither ``datasets`` nor ``huggingface_hub``; nothing here opens a connection
 before ``make_plan`` or ``open_reader`` is called.
@@ -51,12 +53,12 @@ def make_plan(request: SourceRequest) -> SourcePlan:
 def open_reader(request: SourceRequest, plan: SourcePlan, touch: Callable[[], None] = lambda: None) -> Reader:
     """A reader of the plan's chunks. Prefetcher only; imports ``datasets`` only for what is not Parquet.
 
-    touch: called while rows are passed over that nobody asked for, which can take long in a stream.
+    touch: called whenever something was read, also of what nobody asked for and is only passed over.
     """
     if plan.mode in ("local", "streaming"):
         from shmloader.sources.parquet import ParquetReader
 
-        return ParquetReader(request, plan)
+        return ParquetReader(request, plan, touch)
     if plan.mode == "loaded":
         from shmloader.sources.loaded import LoadedReader
 

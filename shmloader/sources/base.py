@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -42,14 +42,21 @@ class Columns:
     class_names: tuple[str, ...] | None = None
 
 
+#: Encoded bytes of a row where nothing is known of them (guessed: between a page of text and a photograph).
+GUESSED_ROW_BYTES = 64 << 10
+
+#: Of the JSON of a plan: to be raised with every change of what it holds or of how chunks are cut.
+PLAN_VERSION = 2
+
+
 @dataclass(frozen=True)
 class Chunk:
     """Contiguous rows that are read at once.
 
     first_row: index of its first row in the whole split; num_rows: how many follow on, itself included.
     shard: index into `SourcePlan.shards`. piece: what the reader needs to find the rows in the shard
-    (for Parquet: the row group, the first row within it, and the row group's bytes once decompressed,
-    needed columns only).
+    (for Parquet: the row group, the first row within it, the row group's rows, and its bytes once
+    decompressed, needed columns only).
     """
 
     first_row: int
@@ -67,6 +74,10 @@ class SourcePlan:
     back; chunks can only be had in order). num_bytes: of the source's files, where known.
     arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
     shard_bytes: size of each shard's file, where known. notices: one line each, for the user to see.
+    units: for each chunk the index of its unit's first chunk. The chunks of a unit lie one behind the other in
+    something that can only be read front to back (a large row group, a stream): one reader, in order.
+    chunk_bytes: encoded bytes of each chunk, as an Arrow IPC stream: an estimate; where nothing is known, the guess of
+    `GUESSED_ROW_BYTES` a row.
     """
 
     name: str
@@ -81,6 +92,11 @@ class SourcePlan:
     num_bytes: int | None = None
     notices: tuple[str, ...] = ()
     shard_bytes: tuple[int, ...] = ()
+    units: tuple[int, ...] = ()
+    chunk_bytes: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert len(self.units) == len(self.chunk_bytes) == len(self.chunks)
 
     @property
     def is_sequential(self) -> bool:
@@ -113,11 +129,11 @@ class SourcePlan:
 class Reader(Protocol):
     """Reads the chunks of a plan. Built and used in one prefetcher, in one thread."""
 
-    def read(self, chunk: Chunk, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The rows of ``chunk`` as (index of the batch's first row in the split, batch of at most 64 rows).
+    def read(self, chunk: Chunk) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The rows of ``chunk``, in order, as (index of the batch's first row in the split, batch).
 
-        Only the needed columns. In order; batches that hold a row of ``wanted`` (indices in the split) come
-        first where the reader can jump. Memory is bounded: a large row group is read in pieces.
+        Only the needed columns, in few batches where that costs no copy. The next chunk of the same unit goes on
+        where this one ended; any other chunk of a unit begins at its front again, and passes over what comes before.
 
         Raises:
             ReadError: with dataset, shard, first_row and num_rows.

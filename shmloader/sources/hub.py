@@ -7,6 +7,7 @@ Imports ``huggingface_hub`` when first used, never ``datasets``.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,13 @@ class HubFiles:
     """Opens files on the Hub. One per reader; `open` may be called from several threads.
 
     token: as ``datasets`` takes it; None: the environment's, or the one that was logged in.
+    touch: called after each read, from whichever thread reads.
     """
 
-    def __init__(self, token: str | bool | None = None) -> None:
+    def __init__(self, token: str | bool | None = None, touch: Callable[[], None] = lambda: None) -> None:
         from huggingface_hub import HfFileSystem
+
+        self._touch = touch
 
         self._fs = HfFileSystem(token=token)
         self._whole: OrderedDict[str, pa.Buffer] = OrderedDict()
@@ -56,7 +60,7 @@ class HubFiles:
 
     def open(self, path: str, num_bytes: int) -> Any:
         """The file, which has ``num_bytes`` bytes, for pyarrow; each read is one request for exactly its bytes."""
-        return self._fs.open(path, "rb", size=num_bytes, cache_type="none")
+        return _Touching(self._fs.open(path, "rb", size=num_bytes, cache_type="none"), self._touch)
 
     def open_whole(self, path: str, num_bytes: int) -> pa.BufferReader:
         """The file, fetched whole with one request the first time."""
@@ -68,3 +72,24 @@ class HubFiles:
         while len(self._whole) > MAX_WHOLE_FILES:
             self._whole.popitem(last=False)
         return pa.BufferReader(buffer)
+
+
+class _Touching:
+    """An open file that tells of each read."""
+
+    def __init__(self, file: Any, touch: Callable[[], None]) -> None:
+        self._file, self._touch = file, touch
+
+    def read(self, num_bytes: int = -1) -> bytes:
+        data: bytes = self._file.read(num_bytes)
+        self._touch()
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> _Touching:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

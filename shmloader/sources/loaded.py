@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 
 from shmloader.errors import ReadError, SourceError
-from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
+from shmloader.sources.base import GUESSED_ROW_BYTES, Chunk, SourcePlan, SourceRequest
 from shmloader.sources.columns import choose_columns
 from shmloader.sources.images import embed_images
 from shmloader.sources.resolve import check_split, empty_dataset, quiet_datasets, source_name, translated
-from shmloader.sources.rows import BATCH_ROWS, conform, plain_schema, table_batches
+from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema, stream_bytes
 
 
 def is_saved(path: str | os.PathLike[str]) -> bool:
@@ -50,18 +50,23 @@ def plan_loaded(request: SourceRequest, prepared_split: Any | None = None) -> So
     )
     if dataset.format["type"] is not None:
         notices += (f"{name}: its format ({dataset.format['type']!r}) is ignored; use process= or transform= instead",)
+    starts = range(0, len(dataset), BATCH_ROWS)
+    chunks = tuple(Chunk(first, min(BATCH_ROWS, len(dataset) - first), 0) for first in starts)
+    row_bytes = _row_bytes(dataset, needed)
+    schema = plain_schema(dataset.features.arrow_schema, needed)
+    more = stream_bytes(schema)
     return SourcePlan(
         name=name,
         split=str(dataset.split or request.split),
         mode="loaded",
         num_rows=len(dataset),
         shards=files or (name,),
-        chunks=tuple(
-            Chunk(first, min(BATCH_ROWS, len(dataset) - first), 0) for first in range(0, len(dataset), BATCH_ROWS)
-        ),
+        chunks=chunks,
         columns=columns,
-        arrow_schema=plain_schema(dataset.features.arrow_schema, needed).serialize().to_pybytes(),
+        arrow_schema=schema.serialize().to_pybytes(),
         notices=notices,
+        units=tuple(range(len(chunks))),
+        chunk_bytes=tuple(chunk.num_rows * row_bytes + more for chunk in chunks),
     )
 
 
@@ -75,14 +80,11 @@ class LoadedReader:
         self._features = dataset.features
         self._dataset: Any = dataset.with_format("arrow")
 
-    def read(self, chunk: Chunk, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
+    def read(self, chunk: Chunk) -> Iterator[tuple[int, pa.RecordBatch]]:
         """The rows of ``chunk``; see `Reader.read`."""
         try:
             table: pa.Table = self._dataset[chunk.first_row : chunk.first_row + chunk.num_rows]
-            batches = [
-                (row, embed_images(conform(batch, self._schema, {}), self._features, self._request))
-                for row, batch in table_batches(table, chunk.first_row, wanted)
-            ]
+            batch = embed_images(conform(one_batch(table), self._schema, {}), self._features, self._request)
         except (OSError, ValueError, IndexError, pa.ArrowException) as error:
             raise ReadError(
                 f"{self._plan.name}: cannot read rows {chunk.first_row} to {chunk.first_row + chunk.num_rows - 1} of "
@@ -93,11 +95,21 @@ class LoadedReader:
                 first_row=chunk.first_row,
                 num_rows=chunk.num_rows,
             ) from error
-        yield from batches
+        yield chunk.first_row, batch
 
     def close(self) -> None:
         """Let go of the dataset."""
         self._dataset = None
+
+
+def _row_bytes(dataset: Any, columns: Sequence[str]) -> int:
+    """Mean bytes of the needed columns of a row, as the dataset holds them; a guess where it only names files."""
+    table: pa.Table = dataset.data.table.select(columns)
+    for column in table.columns:
+        names = [field.name for field in column.type] if pa.types.is_struct(column.type) else []
+        if "bytes" in names and "path" in names and column.num_chunks and column.chunk(0).field("bytes").null_count:
+            return GUESSED_ROW_BYTES
+    return int(-(-table.nbytes // max(table.num_rows, 1)))
 
 
 def _choose(request: SourceRequest, shards: Sequence[str] = ()) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,12 @@ from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
 from shmloader.sources.columns import choose_columns
 from shmloader.sources.hub import HubFiles, cached_copy, is_remote
 from shmloader.sources.resolve import empty_dataset, is_unreachable, source_name, translated
-from shmloader.sources.rows import BATCH_ROWS, KEPT_TABLE_BYTES, plain_schema
+from shmloader.sources.rows import KEPT_TABLE_BYTES, plain_schema, stream_bytes
 
 log = logging.getLogger("shmloader.sources")
 
 #: Footers read at once: one costs a round trip or two, so it is waiting, not work (guessed).
 FOOTER_THREADS = 16
-#: Most pieces of a large local row group: a piece costs the decompression of those before it.
-MAX_LARGE_PIECES = 8
 
 
 @dataclass(frozen=True)
@@ -77,27 +75,23 @@ def plan_parquet(request: SourceRequest, builder: Any) -> SourcePlan:
     schema = plain_schema(features.arrow_schema, needed)
     _check_columns(name, footers, needed)
     is_streaming = any(is_remote(footer.path) for footer in footers)
+    chunks, units, chunk_bytes = _cut(footers, schema)
     return SourcePlan(
         name=name,
         split=request.split,
         mode="streaming" if is_streaming else "local",
         num_rows=num_rows,
         shards=tuple(footer.path for footer in footers),
-        chunks=tuple(_chunks(footers, needed)),
+        chunks=chunks,
         columns=columns,
         arrow_schema=schema.serialize().to_pybytes(),
         revision=revision,
         num_bytes=sum(footer.num_bytes for footer in footers),
         notices=notices,
         shard_bytes=tuple(footer.num_bytes for footer in footers),
+        units=units,
+        chunk_bytes=chunk_bytes,
     )
-
-
-def column_bytes(metadata: pq.FileMetaData, row_group: int, columns: Sequence[str]) -> int:
-    """Bytes of ``columns`` (nested ones included) in a row group, once decompressed."""
-    group, wanted = metadata.row_group(row_group), set(columns)
-    parts = (group.column(i) for i in range(group.num_columns))
-    return sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] in wanted)
 
 
 def _read_footers(request: SourceRequest, paths: Sequence[str]) -> list[_Footer]:
@@ -171,26 +165,47 @@ def _check_columns(name: str, footers: Sequence[_Footer], needed: Sequence[str])
             )
 
 
-def _chunks(footers: Sequence[_Footer], needed: Sequence[str]) -> Iterator[Chunk]:
-    first_row = 0
+def _cut(footers: Sequence[_Footer], schema: pa.Schema) -> tuple[tuple[Chunk, ...], tuple[int, ...], tuple[int, ...]]:
+    """The chunks, the index of the first one of each one's unit, and the bytes of each."""
+    chunks: list[Chunk] = []
+    units: list[int] = []
+    sizes: list[int] = []
+    row, more = 0, stream_bytes(schema)
     for shard, footer in enumerate(footers):
         for group in range(footer.metadata.num_row_groups):
             num_rows = footer.metadata.row_group(group).num_rows
-            num_bytes = column_bytes(footer.metadata, group, needed)
-            step = num_rows if is_remote(footer.path) else _piece_rows(num_rows, num_bytes)
+            num_bytes = group_bytes(footer.metadata, group, schema)
+            step = -(-num_rows // -(-num_bytes // KEPT_TABLE_BYTES)) if num_bytes else num_rows
+            unit = len(chunks)
             for start in range(0, num_rows, max(step, 1)):
                 rows = min(step, num_rows - start)
-                yield Chunk(first_row + start, rows, shard, (group, start, num_bytes))
-            first_row += num_rows
+                chunks.append(Chunk(row + start, rows, shard, (group, start, num_rows, num_bytes)))
+                units.append(unit)
+                sizes.append(-(-num_bytes * rows // num_rows) + more)
+            row += num_rows
+    return tuple(chunks), tuple(units), tuple(sizes)
 
 
-def _piece_rows(num_rows: int, num_bytes: int) -> int:
-    """Rows of a piece of a local row group: 64 where the reader keeps it, else about as many as it would keep."""
-    if num_bytes <= KEPT_TABLE_BYTES:
-        return BATCH_ROWS
-    pieces = min(-(-num_bytes // KEPT_TABLE_BYTES), MAX_LARGE_PIECES)
-    rows = -(-num_rows // pieces)
-    return -(-rows // BATCH_ROWS) * BATCH_ROWS
+def group_bytes(metadata: pq.FileMetaData, row_group: int, schema: pa.Schema) -> int:
+    """Bytes of the columns of ``schema`` in a row group, as Arrow holds them once it is decompressed.
+
+    An estimate: of strings of which many are the same, the file has (and tells) one each only.
+    """
+    group = metadata.row_group(row_group)
+    in_file: dict[str, int] = {}
+    for i in range(group.num_columns):
+        column = group.column(i)
+        name = column.path_in_schema.split(".")[0]
+        in_file[name] = in_file.get(name, 0) + column.total_uncompressed_size
+    return sum(max(in_file.get(field.name, 0), group.num_rows * _item_bytes(field.type)) for field in schema)
+
+
+def _item_bytes(kind: pa.DataType) -> int:
+    """Bytes that Arrow needs for a value at least."""
+    try:
+        return int(-(-kind.bit_width // 8))
+    except ValueError:  # it has none: strings, lists, structs
+        return 4
 
 
 def _revision(files: Sequence[str]) -> str | None:

@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 
 import shmloader
-from shmloader.sources.base import SourcePlan, SourceRequest
+from shmloader.sources.base import PLAN_VERSION, SourcePlan, SourceRequest
 
 log = logging.getLogger("shmloader.sources")
 
@@ -69,6 +69,7 @@ def _path_of(request: SourceRequest) -> Path | None:
         return None
     facts = {
         "shmloader": shmloader.__version__,
+        "plan": PLAN_VERSION,
         "datasets": importlib.metadata.version("datasets"),
         "root": str(root.resolve()),
         "split": request.split,

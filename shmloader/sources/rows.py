@@ -1,19 +1,18 @@
-"""Rows as a plan promises them: the needed columns, with the plan's types, at most 64 at a time."""
+"""Rows as a plan promises them: the needed columns, with the plan's types."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-#: Most rows of one batch: enough for a tokenizer to work by the batch, little enough to be decoded soon
-#: (guessed; the contract of `Reader.read`).
+#: Rows of a chunk of what is not Parquet: enough for a tokenizer to work by the batch, little enough to be read
+#: soon (guessed).
 BATCH_ROWS = 64
 
-#: A Parquet row group whose needed columns are at most this large once decompressed is decompressed at once and
-#: kept until another one is read, so that one decompression serves all of its pieces (guessed: times the
-#: prefetchers, it is what reading holds).
+#: A Parquet row group whose needed columns are at most this large once decompressed is one chunk, decompressed at
+#: once; a larger one is cut into chunks of about this size (guessed: times the prefetchers, it is what reading holds).
 KEPT_TABLE_BYTES = 64 << 20
 
 IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -22,6 +21,14 @@ IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 def plain_schema(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
     """The fields of ``columns``, without metadata and extension types, which need their library to be read."""
     return pa.schema([pa.field(name, _plain_type(schema.field(name).type)) for name in columns])
+
+
+def stream_bytes(schema: pa.Schema) -> int:
+    """What an Arrow IPC stream of a chunk has beside the bytes of its rows: its messages, and what pads the buffers."""
+    sink = pa.MockOutputStream()
+    with pa.ipc.new_stream(sink, schema) as stream:
+        stream.write_batch(pa.RecordBatch.from_pylist([], schema=schema))
+    return int(sink.size()) + 64 * len(schema)
 
 
 def conform(batch: pa.RecordBatch, schema: pa.Schema, class_names: dict[str, tuple[str, ...]]) -> pa.RecordBatch:
@@ -39,30 +46,12 @@ def conform(batch: pa.RecordBatch, schema: pa.Schema, class_names: dict[str, tup
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def table_batches(
-    table: pa.Table, first_row: int, wanted: Sequence[int] | None
-) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """``table`` as (index of its first row, batch of at most 64 rows); those that hold a wanted row first."""
-    starts = range(0, table.num_rows, BATCH_ROWS)
-    if wanted:
-        hit = {(row - first_row) // BATCH_ROWS * BATCH_ROWS for row in wanted}
-        starts = [s for s in starts if s in hit] + [s for s in starts if s not in hit]  # type: ignore[assignment]
-    for start in starts:
-        yield first_row + start, one_batch(table.slice(start, BATCH_ROWS))
-
-
 def one_batch(table: pa.Table) -> pa.RecordBatch:
     """The rows of ``table`` as one batch; no copy where they lie in one piece."""
     batches = table.to_batches()
     if len(batches) == 1:
         return batches[0]
     return pa.concat_batches(batches) if batches else pa.RecordBatch.from_pylist([], schema=table.schema)
-
-
-def split_batch(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """``batch`` in slices of at most 64 rows."""
-    for start in range(0, batch.num_rows, BATCH_ROWS):
-        yield batch.slice(start, BATCH_ROWS)
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:

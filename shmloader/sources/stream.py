@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError, SourceError
-from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
+from shmloader.sources.base import GUESSED_ROW_BYTES, Chunk, SourcePlan, SourceRequest
 from shmloader.sources.columns import choose_columns
 from shmloader.sources.images import embed_images
 from shmloader.sources.resolve import (
@@ -21,7 +21,7 @@ from shmloader.sources.resolve import (
     translated,
     without_secrets,
 )
-from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema
+from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema, stream_bytes
 
 #: Examples from which the features of a stream that does not know them are inferred.
 _INFER_ROWS = 64
@@ -60,17 +60,21 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
     if num_rows == 0:
         raise empty_dataset(request)
     starts = range(0, num_rows, BATCH_ROWS)
+    chunks = tuple(Chunk(first, min(BATCH_ROWS, num_rows - first), 0) for first in starts)
+    row_bytes, more = _told_row_bytes(stream, builder) or GUESSED_ROW_BYTES, stream_bytes(schema)
     return SourcePlan(
         name=name,
         split=str(stream.split or request.split),
         mode="sequential",
         num_rows=num_rows,
         shards=(name,),
-        chunks=tuple(Chunk(first, min(BATCH_ROWS, num_rows - first), 0) for first in starts),
+        chunks=chunks,
         columns=columns,
         arrow_schema=schema.serialize().to_pybytes(),
         revision=_commit(builder),
         notices=notices,
+        units=(0,) * len(chunks),
+        chunk_bytes=tuple(chunk.num_rows * row_bytes + more for chunk in chunks),
     )
 
 
@@ -86,7 +90,7 @@ class StreamReader:
         self._next_row = 0
         self._failed: tuple[int, str] | None = None  # the first row of the chunk that could not be read, and why
 
-    def read(self, chunk: Chunk, wanted: Sequence[int] | None = None) -> Iterator[tuple[int, pa.RecordBatch]]:
+    def read(self, chunk: Chunk) -> Iterator[tuple[int, pa.RecordBatch]]:
         """The rows of ``chunk``; see `Reader.read`. Rows before it that were not read yet are skipped over."""
         if self._failed is not None and chunk.first_row >= self._failed[0]:
             raise self._read_error(chunk, f"it ended before them: {self._failed[1]}")  # not all of it again
@@ -190,8 +194,20 @@ def _told_rows(request: SourceRequest, stream: Any, builder: Any | None) -> int 
     """The number of rows that the card tells, where it is about this very stream."""
     if builder is None and _is_transformed(stream):
         return None
+    return getattr(_told_split(stream, builder, request.split), "num_examples", None) or None
+
+
+def _told_row_bytes(stream: Any, builder: Any | None) -> int | None:
+    """Mean bytes of a row by the card, of all columns."""
+    told = _told_split(stream, builder, "")
+    num_rows, num_bytes = getattr(told, "num_examples", None), getattr(told, "num_bytes", None)
+    return -(-num_bytes // num_rows) if num_rows and num_bytes else None
+
+
+def _told_split(stream: Any, builder: Any | None, split: str) -> Any | None:
+    """What the card says of the stream's split."""
     splits = (stream.info if builder is None else builder.info).splits or {}
-    return getattr(splits.get(str(stream.split or request.split)), "num_examples", None) or None
+    return splits.get(str(stream.split or split))
 
 
 def _is_transformed(stream: Any) -> bool:

@@ -1,0 +1,206 @@
+/* order.c - the living orders, and how far their readers are.
+ *
+ * A reader's mark in an order is the position before which it has read all that is its. The least mark of the living
+ * readers is the order's low-water mark: what is stamped with a position below it is consumed.
+ *
+ * A kill ...                                leaves ...                               repaired by
+ *   in begin, before LIVE                   a FREE order                             nothing to repair
+ *   in begin, after LIVE; in end            num_orders wrong, `dirty`                rebuild; reap ends the dead one's
+ *   in moving a mark                        a low-water mark too low, `dirty`        rebuild
+ *                                           what was read told wrong                 nobody: see layout.h
+ *   in releasing a dead client's            some of them, `dirty`                    rebuild; the next reap
+ */
+#include <string.h>
+
+#include "failpoint.h"
+#include "layout.h"
+
+static shml_order_t *living(shml_control_t *c, uint32_t slot, uint32_t gen)
+{
+    if (slot >= SHML_MAX_ORDERS)
+        return NULL;
+    shml_order_t *order = &shml_order_table(c)[slot];
+    return order->state == SHML_ORDER_LIVE && order->gen == gen ? order : NULL;
+}
+
+uint64_t shml_low_water(shml_control_t *c, uint32_t order)
+{
+    const uint64_t *marks = shml_marks(c, order);
+    uint64_t least = UINT64_MAX;
+    for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++)
+        if (marks[slot] != 0 && marks[slot] - 1 < least && shml_is_active(c, slot))
+            least = marks[slot] - 1;
+    /* Nobody has one: what the readers that there were have consumed stays so. */
+    return least != UINT64_MAX ? least : shml_order_table(c)[order].low_water;
+}
+
+/* Positions [begin, end) were read (1), or are below the low-water mark now (0). */
+static void set_read(shml_control_t *c, uint32_t index, uint64_t begin, uint64_t end, int is_read)
+{
+    uint64_t *bits = shml_read_bits(c, index);
+    if (end - begin > SHML_READ_POSITIONS)
+        begin = end - SHML_READ_POSITIONS;
+    for (uint64_t position = begin; position < end; position++) {
+        uint64_t at = position % SHML_READ_POSITIONS, bit = UINT64_C(1) << (at % 64);
+        bits[at / 64] = is_read ? bits[at / 64] | bit : bits[at / 64] & ~bit;
+    }
+    SHML_FP("order.read.set");
+}
+
+int shml_is_read(shml_control_t *c, const shml_stamp_t *stamp)
+{
+    const shml_order_t *order = living(c, stamp->order, stamp->gen);
+    if (order == NULL || stamp->until == 0)
+        return 0;
+    uint64_t position = stamp->until - 1, at = position % SHML_READ_POSITIONS;
+    if (position < order->low_water || position - order->low_water >= SHML_READ_POSITIONS)
+        return 0;
+    return (int)(shml_read_bits(c, stamp->order)[at / 64] >> (at % 64) & 1);
+}
+
+static void set_mark(shml_seg_t *seg, uint32_t index, uint32_t slot, uint64_t value)
+{
+    shml_control_t *c = seg->control;
+    uint64_t *mark = &shml_marks(c, index)[slot];
+    if (*mark == value)
+        return;
+    shml_order_t *order = &shml_order_table(c)[index];
+    uint32_t was = shml_begin_change(c);
+    SHML_FP("order.mark.dirty");
+    *mark = value;
+    SHML_FP("order.mark.set");
+    uint64_t low_water = shml_low_water(c, index), before = order->low_water;
+    order->low_water = low_water;
+    SHML_FP("order.mark.low_water");
+    if (low_water > before)
+        set_read(c, index, before, low_water, 0);
+    shml_end_change(c, was);
+    if (low_water > before)
+        shml_work_tell(seg); /* what it passed may be evicted, and the services may go on */
+}
+
+void shml_mark_set(shml_seg_t *seg, uint32_t slot, const shml_place_t *place, uint64_t mark)
+{
+    shml_control_t *c = seg->control;
+    const shml_order_t *order = living(c, place->order, place->gen);
+    if (mark >= UINT64_MAX - 1 || order == NULL)
+        return;
+    if (mark == place->end && place->begin >= order->low_water && place->begin < place->end &&
+        place->end - order->low_water <= SHML_READ_POSITIONS)
+        set_read(c, place->order, place->begin, place->end, 1);
+    set_mark(seg, place->order, slot, mark + 1);
+}
+
+int shml_order_begin(shml_seg_t *seg, shml_order_info_t *order)
+{
+    int status = shml_lock(seg);
+    if (status != SHML_OK)
+        return status;
+    shml_control_t *c = seg->control;
+    uint32_t slot = 0;
+    while (slot < SHML_MAX_ORDERS && shml_order_table(c)[slot].state != SHML_ORDER_FREE)
+        slot++;
+    if (seg->self < 0 || slot == SHML_MAX_ORDERS) {
+        status = seg->self < 0 ? SHML_E_LEFT : SHML_E_FULL;
+        shml_unlock(seg);
+        return status;
+    }
+    shml_order_t *o = &shml_order_table(c)[slot];
+    uint32_t was = shml_begin_change(c);
+    SHML_FP("order.begin.dirty");
+    memset(shml_marks(c, slot), 0, SHML_MAX_CLIENTS * sizeof(uint64_t));
+    memset(shml_read_bits(c, slot), 0, SHML_READ_POSITIONS / 8);
+    SHML_FP("order.begin.marks");
+    o->gen++;
+    o->kind = order->kind;
+    o->rank = order->rank;
+    o->world_size = order->world_size;
+    o->drop_last = order->drop_last;
+    o->owner = seg->self;
+    o->seed = order->seed;
+    o->epoch = order->epoch;
+    o->num_positions = order->num_positions;
+    o->low_water = 0;
+    SHML_FP("order.begin.filled");
+    atomic_store_explicit(&o->state, SHML_ORDER_LIVE, memory_order_release);
+    SHML_FP("order.begin.live");
+    atomic_fetch_add_explicit(&c->num_orders, 1, memory_order_relaxed);
+    SHML_FP("order.begin.counted");
+    shml_end_change(c, was);
+    order->slot = slot;
+    order->gen = o->gen;
+    order->low_water = 0;
+    shml_work_tell(seg);
+    shml_unlock(seg);
+    return SHML_OK;
+}
+
+static void end_order(shml_seg_t *seg, shml_order_t *order)
+{
+    shml_control_t *c = seg->control;
+    uint32_t was = shml_begin_change(c);
+    SHML_FP("order.end.dirty");
+    atomic_store_explicit(&order->state, SHML_ORDER_FREE, memory_order_release);
+    SHML_FP("order.end.free");
+    atomic_fetch_sub_explicit(&c->num_orders, 1, memory_order_relaxed);
+    SHML_FP("order.end.counted");
+    shml_end_change(c, was);
+    shml_work_tell(seg);
+}
+
+int shml_order_end(shml_seg_t *seg, uint32_t slot, uint32_t gen)
+{
+    int status = shml_lock(seg);
+    if (status != SHML_OK)
+        return status;
+    shml_order_t *order = living(seg->control, slot, gen);
+    if (order != NULL)
+        end_order(seg, order);
+    shml_unlock(seg);
+    return order != NULL ? SHML_OK : SHML_E_STALE;
+}
+
+int shml_orders(shml_seg_t *seg, shml_order_info_t *orders, uint32_t max)
+{
+    int status = shml_lock(seg);
+    if (status != SHML_OK)
+        return status;
+    uint32_t found = 0;
+    for (uint32_t slot = 0; slot < SHML_MAX_ORDERS && found < max; slot++) {
+        const shml_order_t *o = &shml_order_table(seg->control)[slot];
+        if (o->state != SHML_ORDER_LIVE)
+            continue;
+        orders[found++] = (shml_order_info_t){
+            .seed = o->seed,
+            .epoch = o->epoch,
+            .num_positions = o->num_positions,
+            .kind = o->kind,
+            .rank = o->rank,
+            .world_size = o->world_size,
+            .drop_last = o->drop_last,
+            .slot = slot,
+            .gen = o->gen,
+            .low_water = o->low_water,
+        };
+    }
+    shml_unlock(seg);
+    return (int)found;
+}
+
+uint32_t shml_num_orders(const shml_seg_t *seg)
+{
+    return atomic_load_explicit(&seg->control->num_orders, memory_order_relaxed);
+}
+
+void shml_orders_release(shml_seg_t *seg, uint32_t slot)
+{
+    shml_control_t *c = seg->control;
+    for (uint32_t i = 0; i < SHML_MAX_ORDERS; i++) {
+        shml_order_t *order = &shml_order_table(c)[i];
+        if (order->state != SHML_ORDER_LIVE)
+            continue;
+        set_mark(seg, i, slot, 0);
+        if (order->owner == (int32_t)slot)
+            end_order(seg, order);
+    }
+}

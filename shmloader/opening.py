@@ -1,0 +1,77 @@
+"""Opening a set: its files, its services, its first owner; and how much memory it may take."""
+
+from __future__ import annotations
+
+import os
+
+from shmloader.files import RingFiles
+from shmloader.options import DEFAULT_RING_SHARE, ByteSize, Options, parse_size
+from shmloader.prefetch.launch import SetFiles, start_set
+from shmloader.prefetch.payload import Work, write
+from shmloader.reader import Reader
+from shmloader.ring import memory_limits
+from shmloader.tokens import open_batch_ring, trim_batch_ring
+
+#: Bytes that the datasets of this process which took the default size need at most, by the set's uuid.
+_default_rings: dict[str, int] = {}
+
+
+def open_set(work: Work, options: Options) -> Reader:
+    """Make a set and its services; this process is its owner.
+
+    Raises:
+        ShmloaderError: what the planner found, or the services could not do; nothing is left of the set.
+    """
+    size = _ring_size(options)
+    limit, _, _ = memory_limits()
+    ring_files = RingFiles.create()
+    head = {
+        "uuid": ring_files.uuid,
+        "ring_bytes": size,
+        "in_flight": options.in_flight,
+        "ahead": options.ahead,
+        "window_bytes": parse_size(options.window_bytes).resolve(limit),
+        "num_prefetchers": options.num_prefetchers(),
+        "log": options.log,
+    }
+    fds: list[int] = []
+    reader: Reader | None = None
+    try:
+        fds.append(write(work, head))
+        fds.append(os.memfd_create("shmloader-plan", os.MFD_CLOEXEC))
+        files = SetFiles(ring_files, *fds)
+        plan = start_set(files)
+        open_batch_ring()
+        reader = Reader(files, plan, options.timeout_s)
+        reader.attach()
+    except BaseException:
+        if reader is not None:
+            reader.close()  # it may have entered the set
+        else:
+            for fd in (*ring_files.fds, *fds):
+                os.close(fd)
+        raise
+    if options.ring_bytes is None:
+        record_bytes = plan.schema.most_record_bytes() if plan.schema is not None else None
+        # Where the samples' sizes are not known yet, leave as much to the datasets that come after.
+        _default_rings[ring_files.uuid] = size // 2 if record_bytes is None else record_bytes * plan.source.num_rows
+    return reader
+
+
+def _ring_size(options: Options) -> int:
+    """Bytes of the ring: what was asked for, else what is left of a quarter of the smallest memory limit."""
+    limit, _, _ = memory_limits()
+    if options.ring_bytes is not None:
+        size = parse_size(options.ring_bytes).resolve(limit)
+    else:
+        whole = ByteSize(share=DEFAULT_RING_SHARE).resolve(limit)
+        size = max(whole - sum(_default_rings.values()), whole // 8)
+    return max(4096, size // 4096 * 4096)
+
+
+def close_set(reader: Reader, pid: int) -> None:
+    """Leave the set, if this is the process (``pid``) that attached: a forked child does not close its parent's."""
+    if os.getpid() == pid:
+        _default_rings.pop(reader.files.ring.uuid, None)
+        reader.close()
+        trim_batch_ring()

@@ -1,0 +1,218 @@
+"""Makes samples: encoded rows in the raw region become records in the ring, by way of the processors.
+
+Every row of a task ends as a sample, as the reason why there is none, or is given back. Nothing is kept in between:
+killed at any point, the rows that were claimed are claimed by another.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import pyarrow as pa
+
+import shmloader._native as native
+from shmloader import processors
+from shmloader.errors import ProcessError, RecordTooLargeError, RingError, SampleError, ShmloaderError
+from shmloader.prefetch.plan import SetPlan
+from shmloader.prefetch.schedule import DecodeSchedule, Task
+from shmloader.prefetch.store import RawStore, batches_of
+from shmloader.processors.base import Processor, Rows
+from shmloader.processors.user import UserProcessor
+from shmloader.ring import Ring
+from shmloader.sample import RecordLayout, Schema
+from shmloader.writer import NoRoom, Stamp, Ticket, Writer
+
+log = logging.getLogger("shmloader.prefetcher")
+
+#: What a task takes: long beside choosing and claiming it, short for somebody who begins to wait (guessed).
+TASK_S = 0.02
+#: Rows of a task before it is known how long one takes, and the most.
+FIRST_ROWS, MOST_ROWS = 8, 256
+#: How long room for a row that somebody waits for is waited for with the task in hand, until it is given back.
+ROOM_S = 0.5
+#: Shapes whose layout is kept.
+_MOST_LAYOUTS = 4096
+
+_Result = TypeVar("_Result")
+_Shapes = dict[str, tuple[int, ...]]
+
+
+class Decoder:
+    """Does the tasks of one prefetcher, in one thread."""
+
+    def __init__(
+        self,
+        ring: Ring,
+        writer: Writer,
+        plan: SetPlan,
+        built: Sequence[Processor],
+        store: RawStore,
+        schedule: DecodeSchedule,
+    ) -> None:
+        self._segment, self._writer, self._store, self._schedule = ring.segment, writer, store, schedule
+        self._plan, self._processors = plan, built
+        self._layouts: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[RecordLayout, bytes]] = {}
+        self._row_s = 0.0
+        self.busy_s = self._waited_s = 0.0
+        """Time spent in tasks, and of the present one waiting for room."""
+        self.schema = plan.schema
+        if self.schema is None and self._segment.text_get(native.TEXT_SCHEMA) is not None:
+            self._adopt()
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of a task that takes about `TASK_S`."""
+        return min(max(int(TASK_S / self._row_s), 1), MOST_ROWS) if self._row_s else FIRST_ROWS
+
+    def do(self, task: Task) -> None:
+        """Decode the rows of ``task``; those that cannot be now are given back.
+
+        Raises:
+            NoRoom: there was none; wait for the work word.
+            RingError: nothing more can be done, by anybody.
+        """
+        began, left = time.monotonic(), {row for _, row in task.rows}
+        self._waited_s = 0.0
+        pinned = self._store.pin(sorted({chunk for chunk, _ in task.rows}))
+        num_rows = 0
+        try:
+            there = [item for item in task.rows if item[0] in pinned.chunks]
+            for row, i, begun in self._begun(batches_of(there, pinned)):
+                elapsed = time.monotonic() - began
+                # Of slow rows others may take their part.
+                if num_rows and not task.urgent and (elapsed > 5 * TASK_S or self._schedule.has_wanted()):
+                    break
+                self._put(row, i, begun, task.stamps.get(row), task.urgent)
+                left.discard(row)
+                num_rows += 1
+        finally:
+            pinned.release()
+            self._schedule.give_back(task, sorted(left))
+            elapsed = time.monotonic() - began - self._waited_s
+            self.busy_s += elapsed
+            self._segment.count_decoding(int(elapsed * 1e9))
+            if num_rows:
+                mean = elapsed / num_rows
+                self._row_s = mean if not self._row_s else 0.7 * self._row_s + 0.3 * mean
+
+    def _begun(
+        self, batches: Iterator[tuple[list[int], pa.RecordBatch]]
+    ) -> Iterator[tuple[int, int, Sequence[Rows] | Exception]]:
+        """(row, its place in the begun rows, these or why they cannot be had)."""
+        for rows, batch in batches:
+            begun: Sequence[Rows] | Exception
+            try:
+                begun = [processor.begin(batch) for processor in self._processors]
+            except Exception as error:
+                if len(rows) > 1:  # only the bad row is to be lost
+                    yield from self._begun(([row], batch.slice(i, 1)) for i, row in enumerate(rows))
+                    continue
+                begun = error
+            for i, row in enumerate(rows):
+                yield row, i, begun
+
+    def _put(self, row: int, i: int, begun: Sequence[Rows] | Exception, stamp: Stamp | None, urgent: bool) -> None:
+        try:
+            if isinstance(begun, Exception):
+                raise begun
+            self._make(row, i, begun, stamp, urgent)
+        except RecordTooLargeError as error:  # of this row alone
+            self._put_error(row, self._placed(error, row), stamp, urgent)
+        except (NoRoom, RingError):
+            raise
+        except Exception as error:
+            self._put_error(row, self._placed(error, row), stamp, urgent)
+
+    def _make(self, row: int, i: int, begun: Sequence[Rows], stamp: Stamp | None, urgent: bool) -> None:
+        shapes: _Shapes = {}
+        for rows in begun:
+            shapes.update(rows.shapes(i))
+        if self.schema is None and self._agree():
+            for rows in begun:  # what another prefetcher found first is what every row must have
+                shapes.update(rows.shapes(i))
+        layout, header = self._layout(shapes)
+        ticket = self._reserve(row, layout.num_bytes, stamp, urgent)
+        if ticket is None:
+            return  # it is there
+        try:
+            record = self._writer.record_of(ticket)
+            record[: len(header)] = header
+            arrays = layout.arrays(record)
+            for rows in begun:
+                rows.write(i, arrays)
+        except BaseException:
+            self._writer.abort(ticket)
+            raise
+        self._writer.commit(ticket)
+
+    def _layout(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[RecordLayout, bytes]:
+        """Where the fields lie, and the head of the record; kept, since many samples have the same shapes."""
+        assert self.schema is not None
+        key = tuple(shapes.items())
+        found = self._layouts.get(key)
+        if found is None:
+            layout, header = RecordLayout(self.schema, shapes), bytearray(self.schema.header_bytes)
+            layout.write_header(memoryview(header))
+            if len(self._layouts) >= _MOST_LAYOUTS:
+                self._layouts.clear()
+            found = self._layouts[key] = (layout, bytes(header))
+        return found
+
+    def _reserve(self, row: int, num_bytes: int, stamp: Stamp | None, urgent: bool) -> Ticket | None:
+        return self._when_there_is_room(lambda: self._writer.reserve(row, num_bytes, stamp, urgent), urgent)
+
+    def _put_error(self, row: int, error: ShmloaderError, stamp: Stamp | None, urgent: bool) -> None:
+        self._when_there_is_room(lambda: self._writer.put_error(row, error, stamp, urgent), urgent)
+
+    def _when_there_is_room(self, work: Callable[[], _Result], urgent: bool) -> _Result:
+        """Do ``work``, which raises NoRoom; for what somebody waits for again and again, for a while."""
+        until = time.monotonic() + ROOM_S if urgent else 0.0
+        while True:
+            seen = self._segment.work_word()
+            try:
+                return work()
+            except NoRoom:
+                began = time.monotonic()
+                if began >= until:
+                    raise
+                self._segment.work_wait(seen, native.TICK_MS)
+                self._segment.reap(False)
+                self._waited_s += time.monotonic() - began
+
+    def _placed(self, error: Exception, row: int) -> ShmloaderError:
+        """The same error with source, shard and row, in its data and its message."""
+        kind: type[ShmloaderError] = SampleError
+        text, data = f"{type(error).__name__}: {error}", {}
+        if isinstance(error, SampleError | RecordTooLargeError):
+            kind, text, data = type(error), str(error), error.data
+        data = {**data, "source": self._plan.source.name, "shard": self._shard_of(row), "row": row}
+        placed = kind(f"{self._plan.describe(row)}: {text}", **data)
+        placed.__cause__ = error
+        return placed
+
+    def _shard_of(self, row: int) -> str | None:
+        source = self._plan.source
+        at = bisect.bisect_right(source.chunks, row, key=lambda chunk: chunk.first_row) - 1
+        return source.shards[source.chunks[at].shard] if source.shards else None
+
+    def _agree(self) -> bool:
+        """Have a schema; the first prefetcher that has processed a row decides it. False: it was this one."""
+        schema = processors.schema_of(self._processors, self._plan.source.name)
+        text = schema.to_json().encode()
+        if len(text) > native.TEXT_BYTES:
+            raise ProcessError(f"process returns {len(schema.fields)} fields: too many to describe in 32 KiB")
+        self._segment.text_put(native.TEXT_SCHEMA, text)
+        return self._adopt() != schema
+
+    def _adopt(self) -> Schema:
+        text = self._segment.text_get(native.TEXT_SCHEMA)
+        assert text is not None
+        self.schema = Schema.from_json(text.decode())
+        for processor in self._processors:
+            if isinstance(processor, UserProcessor):
+                processor.adopt(self.schema.fields)
+        return self.schema

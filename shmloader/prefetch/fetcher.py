@@ -1,0 +1,211 @@
+"""Fetches chunks from the source into the raw region, in a thread of its own beside the one that decodes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass, replace
+
+import pyarrow as pa
+
+import shmloader._native as native
+from shmloader.errors import RecordTooLargeError, RingError, ServiceError, ShmloaderError
+from shmloader.prefetch.fetch_schedule import FetchSchedule, Pick, Why
+from shmloader.prefetch.held import Held
+from shmloader.prefetch.lookahead import Pace
+from shmloader.prefetch.plan import SetPlan
+from shmloader.prefetch.refetch import Refetches
+from shmloader.prefetch.store import RawStore
+from shmloader.sources.base import Chunk, Reader
+from shmloader.writer import NoRoom, Writer
+
+log = logging.getLogger("shmloader.prefetcher")
+
+#: How long it sleeps when there is nothing to do; whoever has something wakes it.
+IDLE_MS = 1000
+#: But not more often than this, when looking is dear (guessed: little beside fetching a chunk).
+PACE_S = 0.01
+#: And so long while what is held is waited for, and nothing else can be (guessed: about a task).
+FULL_MS = 10
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """A chunk that was read and has no room yet."""
+
+    pick: Pick
+    batches: list[pa.RecordBatch]
+
+
+class Fetcher:
+    """The fetching of one prefetcher. What it has claimed when it dies is claimed by another.
+
+    Holds at most two chunks in memory: one that waits for room, and one that somebody waits for and goes before it.
+
+    most_held_bytes: of the raw region, for chunks that nobody but who waits for them is known to need (held.py).
+    """
+
+    def __init__(
+        self,
+        segment: native.Segment,
+        writer: Writer,
+        plan: SetPlan,
+        reader: Reader,
+        store: RawStore,
+        schedule: FetchSchedule,
+        most_held_bytes: int,
+    ) -> None:
+        self._segment, self._writer, self._store, self._schedule = segment, writer, store, schedule
+        self._plan, self._reader = plan, reader
+        self._waiting: _Fetched | None = None
+        self._held = Held(segment, most_held_bytes)
+        source = plan.source
+        self._refetches = Refetches(segment, source.name, source.num_rows, len(source.chunks))
+        self._is_stopped = threading.Event()
+        # A daemon: the process must be able to end while a read hangs in the network.
+        self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float) -> bool:
+        """End after the chunk that is being read; whether it did in ``timeout_s``."""
+        self._is_stopped.set()
+        self._segment.work_tell()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
+        self._held.keep(())  # else the raw region could not be given back
+        return True
+
+    def _run(self) -> None:
+        pace = Pace()
+        try:
+            while not self._is_stopped.is_set():
+                seen = self._segment.work_word()
+                with pace:
+                    is_done = self._step()
+                if not is_done:
+                    # The word moves with every batch that is read; looking each time would slow the decoding down.
+                    self._is_stopped.wait(min(pace.wait_s(), PACE_S))
+                    wait_ms = IDLE_MS if self._waiting is None and not len(self._held) else native.TICK_MS
+                    if self._held.is_full:  # rows that are decoded do not move the word
+                        wait_ms = FULL_MS
+                    self._segment.work_wait(seen, int(min(wait_ms, self._schedule.wait_s * 1000 + 1)))
+                    self._segment.reap(False)
+        except Exception as error:
+            if self._is_stopped.is_set():  # the process is about to end
+                return
+            log.error("%s", error, exc_info=not isinstance(error, ShmloaderError))
+            self._writer.put_fatal(error)
+            self._segment.work_tell()  # the thread that decodes sees it
+
+    def _step(self) -> bool:
+        """Fetch a chunk; False: there is none to be had, or no room, before something moves."""
+        can_hold = self._settle()
+        if self._waiting is None:
+            pick = self._schedule.next(can_hold)
+            return pick is not None and self._fetch(pick)
+        waiting = self._waiting
+        if not self._schedule.is_of_use(waiting.pick):
+            self._waiting = None
+            self._segment.chunk_end(waiting.pick.chunk, native.FETCH_GIVEN_UP)
+            return True
+        if not waiting.pick.urgent and waiting.pick.chunk in self._schedule.waited_for():
+            waiting = self._waiting = replace(waiting, pick=replace(waiting.pick, why=Why.WANTED))
+        if self._put(waiting):
+            self._waiting = None
+            return True
+        pick = None if waiting.pick.urgent or not can_hold else self._schedule.next_wanted()
+        return pick is not None and self._fetch(pick)
+
+    def _settle(self) -> bool:
+        """Give up what need not be held any more; whether more can be held."""
+        if len(self._held):
+            self._held.keep(self._schedule.waited_for())
+        return not self._held.is_full
+
+    def _fetch(self, pick: Pick) -> bool:
+        """Read the chunk and put it; False: it has no room, and waits for it."""
+        chunk = self._plan.source.chunks[pick.chunk]
+        try:
+            batches = self._read(chunk)
+        except RingError:
+            raise
+        except Exception as error:
+            log.error("chunk %d: %s", pick.chunk, error, exc_info=not isinstance(error, ShmloaderError))
+            self._schedule.read(pick.chunk, False)
+            self._give_up_for_ever(pick.chunk, error)
+            return True
+        self._schedule.read(pick.chunk, True)
+        self._segment.count_fetched(sum(batch.nbytes for batch in batches))
+        fetched = _Fetched(pick, batches)
+        if self._put(fetched):
+            return True
+        if self._waiting is None and (pick.why is not Why.PASSING or pick.stays):
+            self._waiting = fetched
+            return False
+        if pick.urgent and self._waiting is not None:  # it goes first
+            self._segment.chunk_end(self._waiting.pick.chunk, native.FETCH_GIVEN_UP)
+            self._waiting = fetched
+            return False
+        self._segment.chunk_end(pick.chunk, native.FETCH_GIVEN_UP)
+        return True
+
+    def _read(self, chunk: Chunk) -> list[pa.RecordBatch]:
+        batches = []
+        for _, batch in self._reader.read(chunk):
+            self._segment.touch()
+            batches.append(batch)
+        return batches
+
+    def _put(self, fetched: _Fetched) -> bool:
+        """Write the chunk into the ring; False: there is no room now."""
+        pick = fetched.pick
+        try:
+            try:
+                num_bytes = self._store.put(pick.chunk, fetched.batches, pick.stamp, False)
+            except NoRoom:  # only now in the place of what an order needs
+                if not pick.urgent:
+                    return False
+                num_bytes = self._store.put(pick.chunk, fetched.batches, pick.stamp, True)
+        except NoRoom:
+            return False
+        except pa.ArrowException as error:  # what was read cannot be written
+            log.error("chunk %d", pick.chunk, exc_info=True)
+            self._give_up_for_ever(pick.chunk, error)
+            return True
+        except RecordTooLargeError as error:
+            raise self._too_large(pick.chunk, error) from error
+        if pick.urgent and not pick.stays and pick.stamp is None:
+            self._held.add(pick.chunk, num_bytes)
+        self._segment.chunk_end(pick.chunk, native.FETCH_OK)
+        self._refetches.note(pick.chunk, pick.urgent)
+        return True
+
+    def _give_up_for_ever(self, index: int, error: Exception) -> None:
+        chunk = self._plan.source.chunks[index]
+        if not isinstance(error, ShmloaderError):
+            told = ServiceError(
+                f"{self._plan.describe(chunk.first_row)} and the {chunk.num_rows - 1} after it cannot be read: "
+                f"{type(error).__name__}: {error}",
+                role="prefetcher",
+            )
+            told.__cause__ = error
+            error = told
+        try:
+            self._writer.put_error(native.CHUNK_ERROR | index, error)
+        except NoRoom:
+            log.warning("no room for the reason why chunk %d is broken", index)
+        self._segment.chunk_end(index, native.FETCH_BROKEN)
+
+    def _too_large(self, index: int, error: RecordTooLargeError) -> RecordTooLargeError:
+        chunk = self._plan.source.chunks[index]
+        needed, have = error.data.get("needed_bytes", 0), error.data.get("have_bytes", 0)
+        return RecordTooLargeError(
+            f"{self._plan.describe(chunk.first_row)} and the {chunk.num_rows - 1} after it, which are read at once, "
+            f"take {needed:,} bytes; there is room for {have:,}. Set SHMLOADER_RING_BYTES (or Options.ring_bytes) "
+            "higher, or write the file with smaller row groups.",
+            **error.data,
+        )

@@ -1,0 +1,273 @@
+"""Which rows a prefetcher decodes next.
+
+Most urgent first, always of chunks whose encoded rows are in the ring:
+
+1. rows that readers wait for,
+2. rows that a living order needs next, as many as its share of transit holds (lookahead.py),
+3. fill: the rows of chunks that stay, which are decoded once and for all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+import shmloader._native as native
+from shmloader.order import Chunks
+from shmloader.permutation import Rows
+from shmloader.prefetch.lookahead import IS_TO_DO, LOOK_ROWS, ChunkStates, Flags, Lookahead, Pace, is_fillable, look
+from shmloader.prefetch.orders import FollowedOrders, Living
+from shmloader.writer import Stamp, Writer
+
+#: Most wanted rows that are looked at: more than readers wait for at once.
+MOST_WANTED = 4096
+#: Rows of a living order that are decoded ahead where all rows stay, and so none is in the way of another.
+MOST_AHEAD = 4096
+#: How often rows are tried to be claimed that others claim at the same time, before the next look.
+MOST_TRIES = 8
+#: Rows to fill with that are looked for in one go.
+FILL_ROWS = 1024
+#: Candidates of an order whose chunks are looked at in one go.
+_BLOCK = 256
+#: Rows that an order needs are looked at again after so long at the latest, for want of any sign that they changed.
+_REFRESH_S = 1.0
+
+
+@dataclass
+class Task:
+    """Rows that this process has claimed.
+
+    rows: (chunk, row), sorted. stamps: of rows that an order needs. urgent: somebody waits for them.
+    """
+
+    rows: list[tuple[int, int]]
+    urgent: bool = False
+    stamps: dict[int, Stamp] = field(default_factory=dict)
+
+
+class DecodeSchedule:
+    """Decides for one prefetcher, and claims. For one thread.
+
+    num_prefetchers: of the set. record_bytes: of every sample, if it is known before the first.
+    """
+
+    def __init__(
+        self,
+        segment: native.Segment,
+        writer: Writer,
+        chunks: Chunks,
+        orders: FollowedOrders,
+        num_prefetchers: int,
+        record_bytes: int | None,
+    ) -> None:
+        self._segment, self._writer, self._orders = segment, writer, orders
+        self._first_rows, self._num_rows = chunks.first_rows, chunks.num_rows
+        self._num_prefetchers = num_prefetchers
+        self._record_bytes = record_bytes
+        self._chunk_ids = np.arange(len(chunks), dtype=np.uint32)
+        self._ahead: dict[tuple[int, int], Lookahead] = {}
+        self._fill: Rows = np.zeros(0, np.int64)
+        self._refresh_pace, self._fill_pace, self._mean_pace = Pace(), Pace(), Pace()
+        self._refreshed: tuple[int, float] = (-1, 0.0)
+        self._turn = 0
+        self._blocked_word: int | None = None
+        self._checked_word: int | None = None
+        self._wait_s = 0.0
+        transit_bytes = segment.stats()["transit_bytes"]
+        self._transit_bytes = transit_bytes
+
+    # -- for the decoder -----------------------------------------------------------------------------------
+
+    def next(self, most: int) -> Task | None:
+        """A task of up to ``most`` rows, claimed; None: there is nothing to do before `wait_s`, or the work word."""
+        self._wait_s = float("inf")
+        word = self._checked_word = self._segment.work_word()
+        task = self._next_wanted(most)
+        if task is None and word != self._blocked_word:
+            task = self._next_ordered(most) or self._next_fill(most)
+        return task
+
+    def wait_s(self) -> float:
+        """Seconds after which `next` may find something although the work word did not move."""
+        return self._wait_s
+
+    def has_wanted(self) -> bool:
+        """Whether somebody began to wait, since this or `next` was last called, for rows that can be decoded."""
+        word = self._segment.work_word()
+        if word == self._checked_word:
+            return False
+        self._checked_word = word
+        return len(self._wanted()) > 0
+
+    def give_back(self, task: Task, rows: Sequence[int]) -> None:
+        """Of ``task`` these were not decoded."""
+        if rows:
+            self._writer.unclaim(rows)
+            if task.stamps:
+                for ahead in self._ahead.values():
+                    ahead.states[np.isin(ahead.rows, rows)] = native.ROW_MISSING
+            elif not task.urgent:
+                self._fill = np.concatenate((np.array(rows, np.int64), self._fill))
+
+    def block(self) -> None:
+        """There was no room for what nobody waits for: nothing more of it until the work word moves."""
+        self._blocked_word = self._checked_word
+
+    # -- the three kinds -----------------------------------------------------------------------------------
+
+    def _next_wanted(self, most: int) -> Task | None:
+        for _ in range(MOST_TRIES):
+            rows = self._wanted()
+            if not len(rows):
+                return None
+            # The other prefetchers get their part too.
+            num = min(most, max(-(-len(rows) // self._num_prefetchers), 2))
+            got = self._claim(rows[:num])
+            if got:
+                return self._task(got, urgent=True)
+        return None
+
+    def _next_ordered(self, most: int) -> Task | None:
+        living = self._orders.now()
+        self._ahead = {order.key: self._ahead.get(order.key) or Lookahead(self._segment) for order in living}
+        if not living:
+            return None
+        num_ahead = self._num_ahead(len(living))
+        self._turn = (self._turn + 1) % len(living)
+        for order in living[self._turn :] + living[: self._turn]:
+            ahead = self._ahead[order.key]
+            if ahead.move(order, num_ahead):
+                self._wait_s = 0.0
+            got = self._claim_ahead(order, ahead, most)
+            if not got and self._may_refresh(ahead):
+                with self._refresh_pace:
+                    ahead.refresh(order)
+                    got = self._claim_ahead(order, ahead, most)
+            if got:
+                task = self._task(ahead.rows[got].tolist())
+                untils = (np.array(got) + (ahead.begin + 1)).tolist()
+                task.stamps = dict(zip(ahead.rows[got].tolist(), map(order.stamp, untils), strict=True))
+                return task
+        return None
+
+    def _may_refresh(self, ahead: Lookahead) -> bool:
+        """Whether something may have changed, and it is not too often."""
+        word, now = self._segment.work_word(), time.monotonic()
+        if not len(ahead.rows) or (word == self._refreshed[0] and now < self._refreshed[1] + _REFRESH_S):
+            return False
+        if not self._is_due(self._refresh_pace):
+            return False
+        self._refreshed = word, now
+        return True
+
+    def _num_ahead(self, num_living: int) -> int:
+        """Rows of one order that may be decoded ahead."""
+        least = 2 * self._num_prefetchers
+        if not self._transit_bytes:
+            return max(least, MOST_AHEAD)
+        if self._mean_pace.wait_s() == 0:
+            with self._mean_pace:
+                stats = self._segment.stats()
+            if stats["num_commits"]:
+                self._record_bytes = max(stats["commit_bytes"] // stats["num_commits"], 1)
+        if self._record_bytes is None:
+            return least
+        return max(least, self._transit_bytes // (2 * num_living) // self._record_bytes)
+
+    def _claim_ahead(self, living: Living, ahead: Lookahead, most: int) -> list[int]:
+        """Claim the first rows that can be had; where in the window they are."""
+        to_do = ahead.to_do()
+        for start in range(0, len(to_do), _BLOCK):
+            at = to_do[start : start + _BLOCK]
+            at = at[self._has_raw(ahead.rows[at])]
+            for i in range(0, len(at), most):
+                part = at[i : i + most]
+                # Others may have made them since, and readers have read them, and they been evicted.
+                ahead.refresh(living, int(part[0]), int(part[-1]) + 1)
+                part = part[IS_TO_DO[ahead.states[part]]]
+                got = self._claim(ahead.rows[part])
+                ahead.states[part] = native.ROW_WORK
+                if got:
+                    mine = set(got)
+                    return [i for i, row in zip(part.tolist(), ahead.rows[part].tolist(), strict=True) if row in mine]
+        return []
+
+    def _next_fill(self, most: int) -> Task | None:
+        for _ in range(MOST_TRIES):
+            if len(self._fill):  # others fill with the same, and what was to stay may have found no room
+                self._fill = self._fill[IS_TO_DO[look(self._segment, self._fill)]]
+                self._fill = self._fill[is_fillable(self._look_at_chunks(self._chunk_of(self._fill).astype(np.uint32)))]
+            if not len(self._fill):
+                if not self._is_due(self._fill_pace):
+                    return None
+                pace = Pace()
+                with pace:
+                    self._fill = self._look_for_fill()
+                if not len(self._fill):
+                    self._fill_pace = pace
+                    return None
+            part, self._fill = self._fill[:most], self._fill[most:]
+            got = self._claim(part)
+            if got:
+                return self._task(got)
+        self._wait_s = 0.0
+        return None
+
+    def _look_for_fill(self) -> Rows:
+        """Some rows to do of chunks that stay, the first ones; none if there are none."""
+        found: list[Rows] = [np.zeros(0, np.int64)]
+        num_found = 0
+        for chunk in np.flatnonzero(is_fillable(self._look_at_chunks(self._chunk_ids))).tolist():
+            first, end = int(self._first_rows[chunk]), int(self._first_rows[chunk] + self._num_rows[chunk])
+            for start in range(first, end, LOOK_ROWS):
+                rows = np.arange(start, min(start + LOOK_ROWS, end))
+                found.append(rows[IS_TO_DO[look(self._segment, rows)]])
+                num_found += len(found[-1])
+                if num_found >= FILL_ROWS:
+                    return np.concatenate(found)
+        return np.concatenate(found)
+
+    # -- parts ---------------------------------------------------------------------------------------------
+
+    def _wanted(self) -> Rows:
+        """Rows that clients wait for and that can be decoded, each once."""
+        wanted = self._segment.wanted(MOST_WANTED)
+        if not len(wanted):
+            return np.zeros(0, np.int64)
+        rows = np.unique(np.array(wanted, np.int64))
+        return rows[self._has_raw(rows)]
+
+    def _claim(self, rows: Rows) -> list[int]:
+        """Those of ``rows`` that are had now; if only rows can be had over which somebody died, one of these."""
+        if not len(rows):
+            return []
+        got = self._writer.claim(rows.tolist())
+        if not got:
+            suspects = rows[look(self._segment, rows) == native.ROW_SUSPECT]
+            got = next(filter(None, (self._writer.claim([row]) for row in suspects.tolist())), [])
+        return got
+
+    def _task(self, rows: list[int], urgent: bool = False) -> Task:
+        chunks = self._chunk_of(np.array(rows, np.int64)).tolist()
+        return Task(sorted(zip(chunks, rows, strict=True)), urgent)
+
+    def _chunk_of(self, rows: Rows) -> Rows:
+        return self._first_rows.searchsorted(rows, "right") - 1
+
+    def _has_raw(self, rows: Rows) -> Flags:
+        flags: Flags = self._look_at_chunks(self._chunk_of(rows).astype(np.uint32)) & native.CHUNK_HAS_RAW != 0
+        return flags
+
+    def _look_at_chunks(self, chunks: npt.NDArray[np.uint32]) -> ChunkStates:
+        step = 4 * LOOK_ROWS
+        parts = [self._segment.chunk_look(chunks[at : at + step].data) for at in range(0, len(chunks), step)]
+        return np.frombuffer(b"".join(parts), np.uint8)
+
+    def _is_due(self, pace: Pace) -> bool:
+        wait_s = pace.wait_s()
+        self._wait_s = min(self._wait_s, wait_s) if wait_s else self._wait_s
+        return wait_s == 0

@@ -1,0 +1,174 @@
+"""Encoded chunks in the ring's raw region: written by whoever fetched one, read in place by all prefetchers.
+
+A chunk's record is an Arrow IPC stream of its rows. It is pinned while a task decodes rows of it, and only then: what
+stays open between tasks is kept *without* a pin, and used again only if the next pin finds the very same record
+(descriptor and generation), so that nothing that lies idle can keep the raw region from being used again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import struct
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+import shmloader._native as native
+from shmloader.ring import Ring
+from shmloader.writer import Stamp, Writer
+
+#: Chunks that are kept open: opening one costs 12 us (measured), keeping it a few KB.
+MAX_OPEN = 256
+#: Rows of at least this many encoded bytes are taken one by one, in place; smaller ones are copied into one batch, so
+#: that a tokenizer gets many at once (guessed: a copy of less costs less than handling a batch).
+LARGE_ROW_BYTES = 16 << 10
+#: Most rows of a batch: enough for a tokenizer to work by the batch (guessed).
+BATCH_ROWS = 64
+
+_REF = struct.Struct("<QQIIII")  # shml_ref_t in native/shml.h
+
+
+@dataclass(frozen=True)
+class RawChunk:
+    """An encoded chunk in the ring.
+
+    record: its descriptor and generation. starts: the first row of each batch, in the split. row_bytes: mean encoded
+    bytes of a row.
+    """
+
+    record: tuple[int, int]
+    batches: list[pa.RecordBatch]
+    starts: list[int]
+    row_bytes: int
+
+    def slices(self, first: int, end: int) -> Iterator[pa.RecordBatch]:
+        """Rows ``first`` to ``end - 1`` of the split, in place."""
+        at = bisect.bisect_right(self.starts, first) - 1
+        while first < end:
+            batch, start = self.batches[at], self.starts[at]
+            num = min(end - first, start + batch.num_rows - first)
+            yield batch.slice(first - start, num)
+            first += num
+            at += 1
+
+
+class Pinned:
+    """Some chunks, to be read in place until `release`."""
+
+    def __init__(self, chunks: dict[int, RawChunk], pins: native.Pins | None) -> None:
+        self.chunks = chunks
+        self._pins = pins
+
+    def release(self) -> None:
+        """Give the pins back: nothing of the chunks may be looked at any more."""
+        self.chunks = {}
+        self._pins = None
+
+
+class RawStore:
+    """The raw region, as one prefetcher uses it. One thread may write, another one read.
+
+    first_rows: of each chunk. schema: of the rows.
+    """
+
+    def __init__(self, ring: Ring, writer: Writer, schema: pa.Schema, first_rows: Sequence[int]) -> None:
+        self._ring, self._writer, self._schema = ring, writer, schema
+        self._first_rows = first_rows
+        self._open: OrderedDict[int, RawChunk] = OrderedDict()
+
+    # -- the fetching thread -----------------------------------------------------------------------------
+
+    def put(self, chunk: int, batches: Sequence[pa.RecordBatch], stamp: Stamp | None, urgent: bool) -> int:
+        """Write the rows of ``chunk``; returns the bytes of its record. Nothing happens if it is there already.
+
+        Raises:
+            NoRoom: try again when something has moved. RingError: as of `Writer.reserve`.
+        """
+        num_bytes = self._num_bytes(batches)
+        ticket = self._writer.reserve(native.RAW | chunk, num_bytes, stamp, urgent)
+        if ticket is None:
+            return num_bytes
+        try:
+            with pa.FixedSizeBufferWriter(pa.py_buffer(self._writer.record_of(ticket))) as sink:
+                self._write(sink, batches)
+        except BaseException:
+            self._writer.abort(ticket)
+            raise
+        self._writer.commit(ticket)
+        return num_bytes
+
+    def _num_bytes(self, batches: Sequence[pa.RecordBatch]) -> int:
+        sink = pa.MockOutputStream()
+        self._write(sink, batches)
+        return int(sink.size())
+
+    def _write(self, sink: pa.NativeFile, batches: Sequence[pa.RecordBatch]) -> None:
+        with pa.ipc.new_stream(sink, self._schema) as stream:
+            for batch in batches:
+                stream.write_batch(batch)
+
+    # -- the decoding thread -----------------------------------------------------------------------------
+
+    def pin(self, chunks: Sequence[int]) -> Pinned:
+        """Those of ``chunks`` that are there."""
+        ids = array("Q", [native.RAW | chunk for chunk in chunks])
+        packed, _, pins, _ = self._ring.segment.get_many(ids, native.GET_TAKE, None)
+        refs = zip(chunks, _REF.iter_unpack(packed), strict=True)
+        return Pinned({chunk: self._opened(chunk, *ref[:4]) for chunk, ref in refs if ref[4] == native.READY}, pins)
+
+    def _opened(self, chunk: int, offset: int, num_bytes: int, desc: int, gen: int) -> RawChunk:
+        found = self._open.pop(chunk, None)
+        if found is None or found.record != (desc, gen):
+            view = self._ring.mapping.view(offset, num_bytes, None, True)
+            batches = list(pa.ipc.open_stream(pa.py_buffer(view)))
+            starts, end = [], self._first_rows[chunk]
+            for batch in batches:
+                starts.append(end)
+                end += batch.num_rows
+            num_rows = max(end - self._first_rows[chunk], 1)
+            found = RawChunk((desc, gen), batches, starts, num_bytes // num_rows)
+        self._open[chunk] = found
+        if len(self._open) > MAX_OPEN:
+            self._open.popitem(last=False)
+        return found
+
+
+def batches_of(rows: Sequence[tuple[int, int]], pinned: Pinned) -> Iterator[tuple[list[int], pa.RecordBatch]]:
+    """(rows, the batch of exactly these) for all of ``rows``, which are (chunk, row), sorted.
+
+    Large rows in place, run by run; small ones of several runs and chunks together, in a copy.
+    """
+    begun: list[int] = []
+    slices: list[pa.RecordBatch] = []
+    for chunk, first, end in _runs(rows):
+        raw = pinned.chunks[chunk]
+        is_large = raw.row_bytes >= LARGE_ROW_BYTES
+        if begun and (is_large or len(begun) + end - first > BATCH_ROWS):
+            yield begun, _joined(slices)
+            begun, slices = [], []
+        begun += range(first, end)
+        slices += raw.slices(first, end)
+        if is_large:
+            yield begun, _joined(slices)
+            begun, slices = [], []
+    if begun:
+        yield begun, _joined(slices)
+
+
+def _runs(rows: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(chunk, first, end) of rows that follow one another, at most a batch at a time."""
+    at = 0
+    while at < len(rows):
+        chunk, first = rows[at]
+        num = 1
+        while at + num < len(rows) and num < BATCH_ROWS and rows[at + num] == (chunk, first + num):
+            num += 1
+        yield chunk, first, first + num
+        at += num
+
+
+def _joined(slices: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return slices[0] if len(slices) == 1 else pa.concat_batches(slices)

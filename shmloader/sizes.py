@@ -1,0 +1,125 @@
+"""How large the regions of a ring are, from what is known before the first sample is made.
+
+::
+
+    ring file   resident | transit | raw
+                └─ the ring's bytes ┘  └ encoded chunks, of the services
+
+Where all samples are sure to fit, all of the ring is resident. Else *transit* has room for what is on its way, twice:
+the samples that readers work on at once, and those that are decoded ahead of them. What is left stays resident.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shmloader.errors import RecordTooLargeError, RingTooSmallError
+
+PAGE = 4096
+#: Readers work on so many samples at once, if nobody says otherwise: eight workers with batches of 64.
+DEFAULT_IN_FLIGHT = 512
+#: And so many are decoded ahead of them (guessed: 0.1 s of two cores that decode JPEGs).
+DEFAULT_AHEAD = 256
+#: Transit takes no more than this share of the ring, if nobody has said what is in flight (guessed).
+MOST_DEFAULT_SHARE = 0.25
+#: With fewer records than this in transit readers and prefetchers would only wait for one another (guessed).
+LEAST_RECORDS = 16
+#: Of encoded chunks two windows are kept: the one that is read, and the next.
+WINDOWS = 2
+#: An Arrow IPC stream is this much larger than its rows, beside 8 % (buffers are padded; guessed).
+IPC_BYTES = 64 << 10
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the ring's regions, each a multiple of a page; and how many encoded ones the services keep at most."""
+
+    resident_bytes: int
+    transit_bytes: int
+    raw_bytes: int
+    raw_budget_bytes: int
+
+    @property
+    def file_bytes(self) -> int:
+        """Of the ring's file."""
+        return self.resident_bytes + self.transit_bytes + self.raw_bytes
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of the samples' regions: what was asked for."""
+        return self.resident_bytes + self.transit_bytes
+
+
+def divide(
+    ring_bytes: int,
+    *,
+    num_rows: int,
+    most_record_bytes: int | None,
+    chunk_bytes: list[int],
+    in_flight: int | None,
+    ahead: int | None,
+    window_bytes: int,
+) -> Sizes:
+    """The regions of a ring of ``ring_bytes``.
+
+    most_record_bytes: no sample is larger; None: not known. chunk_bytes: (estimated) encoded bytes of each chunk.
+    in_flight, ahead: samples that readers work on at once, and that are decoded ahead of them; None: not said.
+
+    Raises:
+        RingTooSmallError: it cannot hold what is in flight; RecordTooLargeError: not even one sample.
+    """
+    ring_bytes = _pages(ring_bytes)
+    largest = max(chunk_bytes, default=0)
+    budget = min(sum(chunk_bytes), WINDOWS * max(window_bytes, largest) + largest)
+    # Estimates may be far too low (dictionaries are stored once, and unpacked for each row). The file is sparse, so
+    # addresses are free; the budget is what is kept to.
+    raw = _pages(int(1.08 * budget) + IPC_BYTES) * 4 + (1 << 30)
+    if most_record_bytes is not None and most_record_bytes * num_rows <= ring_bytes:
+        return Sizes(ring_bytes, 0, raw, budget)
+    transit = _transit(ring_bytes, most_record_bytes, in_flight, ahead)
+    return Sizes(ring_bytes - transit, transit, raw, budget)
+
+
+def _transit(ring_bytes: int, record_bytes: int | None, in_flight: int | None, ahead: int | None) -> int:
+    """Room for twice what is in flight and what is decoded ahead."""
+    is_said = in_flight is not None
+    samples = (DEFAULT_IN_FLIGHT if in_flight is None else in_flight) + (DEFAULT_AHEAD if ahead is None else ahead)
+    share = _pages(int(ring_bytes * MOST_DEFAULT_SHARE))
+    if record_bytes is None:
+        return max(share, min(ring_bytes, PAGE))
+    if record_bytes > ring_bytes:
+        raise record_too_large(record_bytes, ring_bytes)
+    needed = _pages(2 * samples * record_bytes)
+    if not is_said:
+        least = _pages(min(2 * LEAST_RECORDS * record_bytes, needed))
+        needed = min(needed, max(share, least))
+        samples = needed // (2 * record_bytes)
+    if needed > ring_bytes:
+        raise RingTooSmallError(
+            f"The ring is too small for what is in flight: {needed:,} bytes are needed, it has {ring_bytes:,}. That is "
+            f"twice {samples} samples of up to {record_bytes:,} bytes: those that readers work on at once (in_flight: "
+            f"workers × batch size, {in_flight or DEFAULT_IN_FLIGHT}), and those decoded ahead of them (ahead: "
+            f"{ahead or DEFAULT_AHEAD}). Set SHMLOADER_RING_BYTES={-(-needed >> 20)}MiB or more, or lower "
+            "SHMLOADER_IN_FLIGHT and SHMLOADER_AHEAD.",
+            needed_bytes=needed,
+            have_bytes=ring_bytes,
+            samples=samples,
+            record_bytes=record_bytes,
+            variable="SHMLOADER_RING_BYTES",
+        )
+    return needed
+
+
+def record_too_large(record_bytes: int, have_bytes: int) -> RecordTooLargeError:
+    """The error of a sample that is larger than what it would lie in."""
+    return RecordTooLargeError(
+        f"One sample takes {record_bytes:,} bytes, the ring has room for {have_bytes:,} at a time: "
+        "set SHMLOADER_RING_BYTES (or Options.ring_bytes) higher.",
+        needed_bytes=record_bytes,
+        have_bytes=have_bytes,
+        variable="SHMLOADER_RING_BYTES",
+    )
+
+
+def _pages(num_bytes: int) -> int:
+    return -(-num_bytes // PAGE) * PAGE

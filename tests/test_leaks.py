@@ -94,7 +94,9 @@ def test_an_epoch_with_workers_leaves_nothing(tmp_path: Path, leaks: Leaks) -> N
         for context in ("fork", "spawn"):
             list(DataLoader(dataset, 8, num_workers=2, multiprocessing_context=context))
     del dataset
-    # The resource tracker of multiprocessing is started by spawn, and stays by design.
+    # The resource tracker of multiprocessing is started by spawn, and stays by design; and is started again where a
+    # semaphore of the loaders is collected after it was stopped.
+    gc.collect()
     from multiprocessing import resource_tracker
 
     resource_tracker._resource_tracker._stop()

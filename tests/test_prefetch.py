@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from support_sets import (
 )
 from torch.utils.data import DataLoader
 
+import shmloader._native as native
 from shmloader import MultimodalConfig, Options, ShmMultimodalDataset
 from shmloader.errors import ClosedError, ServiceError
 from shmloader.prefetch.plan_file import read_parts
@@ -89,10 +91,14 @@ def test_chunks_are_shared_among_prefetchers(tmp_path: Path) -> None:
 def read_after_a_kill(dataset: ShmMultimodalDataset, row: int) -> int:
     """The number of ``row``, which is waited for when the one prefetcher is killed over its first chunk."""
     segment, found = dataset._reader.attach().segment, []
+    starts = [chunk.first_row for chunk in dataset._reader.plan.source.chunks]
+    chunk = array("I", [max(i for i, start in enumerate(starts) if start <= row)])
     wait_until(lambda: segment.stats()["num_claimed"])
     reader = threading.Thread(target=lambda: found.append(int(dataset[row]["number"])))
     reader.start()
     wait_until(lambda: row in segment.wanted(4096))
+    # Fetched before the kill: what is not there yet cannot come before what is.
+    wait_until(lambda: segment.chunk_look(chunk)[0] & native.CHUNK_HAS_RAW)
     kill(*wait_until(lambda: prefetchers_of(dataset)))
     reader.join(40)
     return found[0]

@@ -12,7 +12,8 @@ import logging
 from collections.abc import Sequence
 
 from shmloader.errors import ShmloaderError
-from shmloader.order import Chunks, Kind, Order
+from shmloader.order import Chunks, Order
+from shmloader.prefetch.orders import order_of
 from shmloader.prefetch.plan import SetPlan
 from shmloader.ring import Place, Ring
 
@@ -66,17 +67,7 @@ class LivingOrders:
     def _order(self, told: Sequence[int]) -> Order:
         if self._chunks is None:
             self._chunks = self._plan.chunks()
-        seed, epoch, _, kind, rank, world_size, drop_last, _ = told
-        return Order(
-            self._chunks,
-            Kind(kind),
-            seed=seed,
-            epoch=epoch,
-            rank=rank,
-            world_size=world_size,
-            drop_last=bool(drop_last),
-            window_bytes=self._plan.window_bytes,
-        )
+        return order_of(told, self._chunks, self._plan.window_bytes)
 
 
 class LiveOrder:

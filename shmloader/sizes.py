@@ -11,6 +11,7 @@ the samples that readers work on at once, and those that are decoded ahead of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shmloader.errors import RecordTooLargeError, RingTooSmallError
@@ -69,8 +70,7 @@ def divide(
         RingTooSmallError: it cannot hold what is in flight; RecordTooLargeError: not even one sample.
     """
     ring_bytes = _pages(ring_bytes)
-    largest = max(chunk_bytes, default=0)
-    budget = min(sum(chunk_bytes), WINDOWS * max(window_bytes, largest) + largest)
+    budget = min(sum(chunk_bytes), raw_budget(chunk_bytes, window_bytes))
     # Estimates may be far too low (dictionaries are stored once, and unpacked for each row). The file is sparse, so
     # addresses are free; the budget is what is kept to.
     raw = _pages(int(1.08 * budget) + IPC_BYTES) * 4 + (1 << 30)
@@ -78,6 +78,12 @@ def divide(
         return Sizes(ring_bytes, 0, raw, budget)
     transit = _transit(ring_bytes, most_record_bytes, in_flight, ahead)
     return Sizes(ring_bytes - transit, transit, raw, budget)
+
+
+def raw_budget(chunk_bytes: Sequence[int], window_bytes: int) -> int:
+    """Encoded bytes of chunks to be kept for an order: some windows, and the chunk that is being read."""
+    largest = max(chunk_bytes, default=0)
+    return WINDOWS * max(window_bytes, largest) + largest
 
 
 def _transit(ring_bytes: int, record_bytes: int | None, in_flight: int | None, ahead: int | None) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,23 @@ class Leaks:
     def check(self) -> None:
         pids = self.kin()
         gc.collect()
-        wait_until(lambda: self.kin() == [])
+        try:
+            wait_until(lambda: self.kin() == [])
+        except AssertionError as error:
+            left = {pid: command_of(pid) for pid in self.kin()}
+            raise AssertionError(f"processes are left: {left}") from error
         assert {fd: what for fd, what in descriptors().items() if fd not in self.descriptors} == {}
         assert mapped() - self.mappings == set()
         assert set(threading.enumerate()) - self.threads == set()
         assert children() - self.children == set()
         assert left_in_shm(self.shm, [os.getpid(), *pids]) == set()
+
+
+def command_of(pid: int) -> str:
+    """What a process was started as; empty if it has ended."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    return ""
 
 
 def mapped() -> set[str]:
@@ -94,8 +106,9 @@ def test_an_epoch_with_workers_leaves_nothing(tmp_path: Path, leaks: Leaks) -> N
         for context in ("fork", "spawn"):
             list(DataLoader(dataset, 8, num_workers=2, multiprocessing_context=context))
     del dataset
-    # The resource tracker of multiprocessing is started by spawn, and stays by design; and is started again where a
-    # semaphore of the loaders is collected after it was stopped.
+    # The resource tracker of multiprocessing is started by spawn, and stays by design. A semaphore that is collected
+    # after it was stopped starts it again: the loaders' queues keep theirs until their threads have ended.
+    wait_until(lambda: set(threading.enumerate()) <= leaks.threads)
     gc.collect()
     from multiprocessing import resource_tracker
 

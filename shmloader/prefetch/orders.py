@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,21 @@ import shmloader._native as native
 from shmloader.order import Chunks, Kind, Order
 from shmloader.permutation import Rows
 from shmloader.writer import Stamp
+
+
+def order_of(told: Sequence[int], chunks: Chunks, window_bytes: int) -> Order:
+    """The order that `Segment.orders` told: what it gives beside slot and generation."""
+    seed, epoch, _, kind, rank, world_size, drop_last, _ = told
+    return Order(
+        chunks,
+        Kind(kind),
+        seed=seed,
+        epoch=epoch,
+        rank=rank,
+        world_size=world_size,
+        drop_last=bool(drop_last),
+        window_bytes=window_bytes,
+    )
 
 
 class Known:
@@ -76,21 +92,11 @@ class FollowedOrders:
             return []
         with self._lock:
             found = []
-            for slot, gen, seed, epoch, _, kind, rank, world_size, drop_last, low_water in self._segment.orders():
+            for slot, gen, *told in self._segment.orders():
                 known = self._known.get((slot, gen))
                 if known is None:
-                    order = Order(
-                        self._chunks,
-                        Kind(kind),
-                        seed=seed,
-                        epoch=epoch,
-                        rank=rank,
-                        world_size=world_size,
-                        drop_last=bool(drop_last),
-                        window_bytes=self._window_bytes,
-                    )
-                    known = self._known[slot, gen] = Known(order)
-                found.append(Living(slot, gen, low_water, known))
+                    known = self._known[slot, gen] = Known(order_of(told, self._chunks, self._window_bytes))
+                found.append(Living(slot, gen, told[-1], known))
             living = {order.key for order in found}
             self._known = {key: known for key, known in self._known.items() if key in living}
         return found

@@ -36,7 +36,7 @@ from shmloader.prefetch.schedule import DecodeSchedule
 from shmloader.prefetch.store import RawStore
 from shmloader.processors.base import Processor
 from shmloader.ring import Ring
-from shmloader.sizes import WINDOWS
+from shmloader.sizes import raw_budget
 from shmloader.sources import open_reader
 from shmloader.sources.base import Reader
 from shmloader.writer import NoRoom, Writer
@@ -63,8 +63,9 @@ class Prefetcher:
         self.schedule = DecodeSchedule(self.segment, self.writer, chunks, orders, num_prefetchers, record_bytes)
         self.decoder = Decoder(ring, self.writer, plan, built, store, self.schedule)
         units = np.array(plan.source.units, np.int64)
-        fetching = FetchSchedule(self.segment, chunks, units, orders, raw_budget(plan))
-        held_bytes = raw_budget(plan) // num_prefetchers
+        budget_bytes = raw_budget(plan.source.chunk_bytes, plan.window_bytes)
+        fetching = FetchSchedule(self.segment, chunks, units, orders, budget_bytes)
+        held_bytes = budget_bytes // num_prefetchers
         self.fetcher = Fetcher(self.segment, self.writer, plan, reader, store, fetching, held_bytes)
 
     def run(self) -> bool:
@@ -106,12 +107,6 @@ class Prefetcher:
             log.debug("nothing is left to do")
             return True
         return self.segment.text_get(native.TEXT_FATAL) is not None
-
-
-def raw_budget(plan: SetPlan) -> int:
-    """Encoded bytes of chunks to be fetched ahead of an order: some windows, and the chunk that is being read."""
-    largest = max(plan.source.chunk_bytes, default=0)
-    return WINDOWS * max(plan.window_bytes, largest) + largest
 
 
 def main(fds: dict[str, int], head: dict[str, Any]) -> None:

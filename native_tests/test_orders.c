@@ -140,6 +140,36 @@ static void marks_follow_the_look_ups(void)
     check_stage(writer);
 }
 
+/* What was read is final for its order, though it is evicted and low water waits for a slower reader. */
+static void what_was_read_is_not_made_again(void)
+{
+    new_cast(transit_shape);
+    for (uint64_t id = 0; id < 4; id++)
+        (void)put(writer, id, KIB);
+    shml_order_info_t order = begin_order(reader, 100);
+    shml_stamp_t stamp = {order.slot, order.gen, 1};
+    shml_place_t first = {order.slot, order.gen, 0, 2}, second = {order.slot, order.gen, 2, 4};
+    shml_ref_t refs[2];
+    shml_found_t found;
+    uint8_t rows[6];
+    CHECK_EQ(shml_get_many(slow, (uint64_t[]){0, 9}, 2, SHML_GET_POST, &first, refs, &found), SHML_OK);
+    CHECK_EQ(shml_get_many(reader, (uint64_t[]){2, 3}, 2, 0, &second, refs, &found), SHML_OK);
+    CHECK_EQ(shml_unpin(reader, refs, 2), SHML_OK);
+    CHECK_EQ(low_water(writer, &order), 0);
+    for (uint64_t id = 20; id < 27; id++) /* four fill the region, three take the places of 1, 2 and 3 */
+        (void)put(writer, id, KIB);
+    CHECK_EQ(row_of(writer, 2), SHML_ROW_MISSING); /* by itself */
+    CHECK_EQ(shml_look(writer, (uint64_t[]){0, 1, 2, 3, 4, 5}, 6, &stamp, rows), SHML_OK);
+    CHECK(rows[0] == SHML_ROW_TRANSIT && rows[2] == SHML_ROW_FINAL && rows[3] == SHML_ROW_FINAL);
+    CHECK(rows[4] == SHML_ROW_MISSING && rows[5] == SHML_ROW_MISSING);
+    CHECK_EQ(shml_order_end(reader, order.slot, order.gen), SHML_OK);
+    order = begin_order(reader, 100);
+    stamp = (shml_stamp_t){order.slot, order.gen, 1};
+    CHECK_EQ(shml_look(writer, (uint64_t[]){0, 1, 2, 3}, 4, &stamp, rows), SHML_OK);
+    CHECK_EQ(rows[2], SHML_ROW_MISSING); /* another order has read nothing */
+    check_stage(writer);
+}
+
 /* Low water is the least mark of those who read in the order, whoever began it. */
 static void low_water_is_the_least_mark(void)
 {
@@ -821,7 +851,8 @@ static void reads_are_counted_by_row(void)
 
 TEST_MAIN(TEST(orders_are_told_as_they_were_begun), TEST(an_order_ends_once), TEST(so_many_orders_live_at_most),
           TEST(an_order_ends_with_its_owner), TEST(the_services_are_told_of_orders), TEST(marks_follow_the_look_ups),
-          TEST(low_water_is_the_least_mark), TEST(the_gone_hold_low_water_no_longer), TEST(a_stale_place_moves_nothing),
+          TEST(what_was_read_is_not_made_again), TEST(low_water_is_the_least_mark),
+          TEST(the_gone_hold_low_water_no_longer), TEST(a_stale_place_moves_nothing),
           TEST(an_order_begins_without_marks), TEST(a_look_stamps_what_nobody_needs),
           TEST(a_look_without_a_stamp_changes_nothing), TEST(rows_are_had_once), TEST(what_is_there_cannot_be_claimed),
           TEST(a_row_given_up_is_for_others), TEST(a_suspect_is_had_alone), TEST(three_deaths_set_a_row_aside),

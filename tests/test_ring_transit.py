@@ -12,36 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
-from support_sets import in_child, join, kill, put, read, ring_files, wait_until
+from support_sets import in_child, join, kill, put, read, wait_until
+from support_transit import BLOCK, NUM_ROWS, block, is_there, transit, write
 
 import shmloader._native as native
 from shmloader.errors import DecodeError, ServiceError, WaitTimeoutError
-from shmloader.files import RingFiles
 from shmloader.ring import Refs, Ring
 from shmloader.writer import NoRoom, Writer
-
-BLOCK = 4096
-NUM_ROWS = 64
-
-
-def block(row: int) -> bytes:
-    return bytes([row]) * BLOCK
-
-
-@contextmanager
-def transit(num_blocks: int = 8) -> Iterator[tuple[RingFiles, Writer, Ring]]:
-    """A set with room for so many records, a service and a reader."""
-    with ring_files(NUM_ROWS, 8, resident_bytes=0, transit_bytes=num_blocks * BLOCK) as files:
-        yield files, Writer(Ring(files, native.SERVICE)), Ring(files, native.OWNER)
-
-
-def write(writer: Writer, *rows: int) -> None:
-    for row in rows:
-        put(writer, row, block(row))
-
-
-def is_there(writer: Writer, row: int) -> bool:
-    return writer.ring.segment.look(array("Q", [row]), None)[0] == native.ROW_TRANSIT
 
 
 def records(refs: Refs) -> list[bytes]:

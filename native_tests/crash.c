@@ -1,5 +1,5 @@
 /* The crash suite: whatever a client does, killed at any failpoint, the others go on, and a second kill in their
- * recovery changes nothing. Built with -DSHML_BREAK_REBUILD, _PINS or _REAP it must fail (the Makefile sees to
+ * recovery changes nothing. Built with -DSHML_BREAK_REBUILD, _PINS, _REAP or _UNPIN it must fail (the Makefile sees to
  * that). */
 #define _GNU_SOURCE
 #include <sys/mman.h>

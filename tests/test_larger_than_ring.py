@@ -267,8 +267,12 @@ def test_batches_do_not_depend_on_workers_and_prefetchers(numbers_path: str) -> 
     prints = {}
     for prefetchers in (1, 2, 4):
         with opened_numbers(numbers_path, options={"prefetchers": prefetchers}) as dataset:
-            for num_workers in WORKERS:
-                loader = DataLoader(dataset, 16, sampler=dataset.sampler(seed=11), num_workers=num_workers)
+            for num_workers in (*WORKERS, 8):
+                method = "fork" if num_workers else None  # nothing is imported again
+                sampler = dataset.sampler(seed=11)
+                loader = DataLoader(
+                    dataset, 16, sampler=sampler, num_workers=num_workers, multiprocessing_context=method
+                )
                 prints[prefetchers, num_workers] = fingerprint(loader)
     assert len(set(prints.values())) == 1, prints
 

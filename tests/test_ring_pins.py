@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from support_sets import in_child, join
-from support_transit import is_there, transit, write
+from support_transit import block, is_there, transit, write
 
 import shmloader._native as native
 from shmloader.errors import DecodeError
+from shmloader.ring import Ring
 
 
 def test_errors_that_are_kept_pin_nothing() -> None:
@@ -34,6 +35,24 @@ def test_another_thread_s_look_up_leaves_what_a_waiting_one_has_found() -> None:
         reader.get_many([2], 30)
         write(writer, 10, 11)
         assert [is_there(writer, row) for row in (0, 1)] == [True, True]
+
+
+def test_a_client_that_left_with_views_keeps_its_slot_until_the_last_is_gone() -> None:
+    """Else whoever has the slot next gives its pins back, or is taken for dead because of the free byte."""
+    with transit() as (files, writer, reader):
+        write(writer, 0)
+        view = reader.get_many([0], 30).record(0)
+        reader.leave()
+        parent = os.getpid()
+
+        def must_be_held() -> None:
+            assert native.byte_holder(files.lock_fd, reader.slot) == parent
+
+        assert join(in_child(must_be_held)) == 0
+        assert Ring(files, native.OWNER).slot != reader.slot
+        assert bytes(view) == block(0)
+        del view
+        assert Ring(files, native.OWNER).slot == reader.slot
 
 
 def test_the_last_pin_of_a_closed_set_unlocks_nothing_of_other_files(tmp_path: Path) -> None:

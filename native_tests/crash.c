@@ -7,6 +7,7 @@
 #define RESIDENT_BYTES UINT64_C(4096)
 #define TRANSIT_BYTES  UINT64_C(4096)
 #define RAW_BYTES      UINT64_C(4096)
+#define SPILL_BYTES    UINT64_C(65536)
 #include "segment.h"
 #include "snapshot.h"
 
@@ -174,6 +175,24 @@ static void check_published(shml_seg_t *seg, world_t *before)
     }
 }
 
+/* What was spilled when the kill came is still there, and at hand. */
+static void check_spilled(shml_seg_t *seg, world_t *before)
+{
+    shml_control_t *c = (shml_control_t *)(void *)before->memory;
+    CHECK(seg->control->spill_end >= c->spill_end && seg->control->spill_frozen >= c->spill_frozen);
+    for (uint32_t i = 0; i < NUM_CHUNKS; i++) {
+        uint64_t offset, num_bytes, spilled = shml_chunks(c)[i].spilled;
+        int rc = shml_spill_find(seg, i, &offset, &num_bytes);
+        CHECK_EQ(rc, spilled != 0 ? SHML_OK : SHML_E_NOTFOUND);
+        if (spilled == 0)
+            continue;
+        CHECK(offset == shml_spilled_offset(spilled) && num_bytes == shml_spilled_bytes(spilled));
+        uint8_t state;
+        CHECK_EQ(shml_chunk_look(seg, &i, 1, &state), SHML_OK);
+        CHECK(state & SHML_CHUNK_HAS_RAW);
+    }
+}
+
 static void check_chunks(shml_seg_t *seg, int depth)
 {
     for (uint32_t i = 0; i < NUM_CHUNKS; i++) {
@@ -191,6 +210,12 @@ static void finish_chunk(shml_seg_t *seg, uint32_t chunk)
         CHECK(rc != SHML_E_NOTFOUND || (state & 0xf) >= SHML_CHUNK_DONE);
         CHECK(rc != SHML_E_EXISTS || (state & SHML_CHUNK_HAS_RAW) != 0);
         CHECK(rc != SHML_E_STALE || chunk >= 4); /* OTHER's unit */
+        return;
+    }
+    uint64_t offset;
+    if (chunk == 2 && shml_spill_reserve(seg, chunk, 5000, &offset) == SHML_OK) {
+        CHECK_EQ(shml_spill_commit(seg, chunk, offset, 5000), SHML_OK);
+        CHECK_EQ(shml_chunk_end(seg, chunk, SHML_FETCH_OK), SHML_OK);
         return;
     }
     shml_ticket_t ticket;
@@ -265,6 +290,7 @@ static void go_on(int depth, const char *point)
         CHECK(!world()->is_dead[slot] || shml_clients(seg.control)[slot].state == SHML_CLIENT_FREE);
     check_segment(&seg);
     check_published(&seg, &snapshot.worlds[depth - 1]);
+    check_spilled(&seg, &snapshot.worlds[depth - 1]);
     check_chunks(&seg, depth);
     finish_work(&seg);
     check_kept(&seg);
@@ -373,6 +399,21 @@ static void fetch_chunks(void)
     CHECK_EQ(shml_chunk_end(&seg, 2, SHML_FETCH_OK), SHML_OK);
     CHECK_EQ(shml_chunk_claim(&seg, 3), SHML_E_EXISTS);
     CHECK_EQ(shml_chunk_claim(&seg, 4), SHML_E_STALE);
+}
+static void spill_chunks(void)
+{
+    uint64_t offset;
+    shml_seg_t seg = segment(ACTOR);
+    CHECK_EQ(shml_chunk_claim(&seg, 2), SHML_OK);
+    CHECK_EQ(shml_spill_reserve(&seg, 2, 5000, &offset), SHML_OK);
+    CHECK_EQ(shml_chunk_end(&seg, 2, SHML_FETCH_GIVEN_UP), SHML_OK); /* that room is lost */
+    CHECK_EQ(shml_chunk_claim(&seg, 2), SHML_OK);
+    CHECK_EQ(shml_spill_reserve(&seg, 2, 5000, &offset), SHML_OK);
+    CHECK_EQ(offset, 8192);
+    CHECK_EQ(shml_spill_commit(&seg, 2, offset, 5000), SHML_OK);
+    CHECK_EQ(shml_chunk_end(&seg, 2, SHML_FETCH_OK), SHML_OK);
+    CHECK_EQ(shml_chunk_claim(&seg, 2), SHML_E_EXISTS);
+    CHECK_EQ(shml_spill_freeze(&seg), 1);
 }
 static void break_a_chunk(void)
 {
@@ -578,6 +619,7 @@ static void killed_in_an_error_record(void) { act(put_an_error); }
 static void killed_in_abort(void) { act(give_up_two); }
 static void killed_while_claiming_rows(void) { act(claim_and_unclaim); }
 static void killed_while_fetching(void) { act(fetch_chunks); }
+static void killed_while_spilling(void) { act(spill_chunks); }
 static void killed_while_breaking_a_chunk(void) { act(break_a_chunk); }
 static void killed_while_pinning(void) { act(pin_and_unpin); }
 static void killed_while_waiting_for_a_batch(void) { act(wait_for_a_batch); }
@@ -594,8 +636,8 @@ static void killed_in_text_put(void) { act(say); }
 
 static void every_failpoint_was_passed(void)
 {
-    const char *files[] = {"control.c", "client.c", "table.c", "rebuild.c", "region.c", "ring.c",
-                           "claim.c",   "chunk.c",  "read.c",  "pin.c",     "want.c",   "order.c"};
+    const char *files[] = {"control.c", "client.c", "table.c", "rebuild.c", "region.c", "ring.c", "claim.c",
+                           "chunk.c",   "read.c",   "pin.c",   "want.c",    "order.c",  "spill.c"};
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         snapshot_check_coverage(files[i], "");
     snapshot_check_coverage("memory.c", "memory.ring_back.locked memory.ring_back.backed memory.ring_back.stored");
@@ -606,8 +648,9 @@ TEST_MAIN(TEST(killed_in_reserve_or_commit), TEST(killed_while_reusing_a_hole),
           TEST(killed_while_a_claim_moves_to_a_hole), TEST(killed_while_evicting), TEST(killed_while_meeting_wants),
           TEST(killed_while_a_chunk_stays_no_more), TEST(killed_while_pressing_readers),
           TEST(killed_in_an_error_record), TEST(killed_in_abort), TEST(killed_while_claiming_rows),
-          TEST(killed_while_fetching), TEST(killed_while_breaking_a_chunk), TEST(killed_while_pinning),
-          TEST(killed_while_waiting_for_a_batch), TEST(killed_while_withdrawing_wants), TEST(killed_in_an_order),
-          TEST(killed_while_stamping), TEST(killed_in_reap), TEST(killed_while_setting_rows_aside),
-          TEST(killed_in_register_or_unregister), TEST(killed_while_releasing_raw), TEST(killed_in_rebuild),
-          TEST(killed_while_rebuilding_a_chunk), TEST(killed_in_text_put), TEST(every_failpoint_was_passed))
+          TEST(killed_while_fetching), TEST(killed_while_spilling), TEST(killed_while_breaking_a_chunk),
+          TEST(killed_while_pinning), TEST(killed_while_waiting_for_a_batch), TEST(killed_while_withdrawing_wants),
+          TEST(killed_in_an_order), TEST(killed_while_stamping), TEST(killed_in_reap),
+          TEST(killed_while_setting_rows_aside), TEST(killed_in_register_or_unregister),
+          TEST(killed_while_releasing_raw), TEST(killed_in_rebuild), TEST(killed_while_rebuilding_a_chunk),
+          TEST(killed_in_text_put), TEST(every_failpoint_was_passed))

@@ -18,6 +18,9 @@
 #define RAW_BYTES      UINT64_C(0)
 #endif
 #define RING_BYTES (RESIDENT_BYTES + TRANSIT_BYTES + RAW_BYTES)
+#ifndef SPILL_BYTES
+#define SPILL_BYTES UINT64_C(0) /* of the file on disk, of which the core sees nothing */
+#endif
 
 static const uint8_t test_boot_id[16] = "a test's boot id";
 
@@ -28,6 +31,7 @@ static shml_config_t small_config(void)
                             .raw_bytes = RAW_BYTES,
                             .num_records = NUM_RECORDS,
                             .num_chunks = NUM_CHUNKS,
+                            .spill_bytes = SPILL_BYTES,
                             .pid_namespace = 4026531836};
     memcpy(config.boot_id, test_boot_id, sizeof config.boot_id);
     return config;

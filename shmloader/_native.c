@@ -747,6 +747,49 @@ static PyObject *segment_raw_release(Segment *self, PyObject *args)
     return status < 0 ? raise_on(&self->seg, status, "raw_release") : PyBool_FromLong(status);
 }
 
+static PyObject *segment_spill_reserve(Segment *self, PyObject *args)
+{
+    unsigned int chunk;
+    unsigned long long num_bytes;
+    uint64_t offset;
+    if (!PyArg_ParseTuple(args, "IK", &chunk, &num_bytes) || !usable(self))
+        return NULL;
+    CALL(shml_spill_reserve(&self->seg, chunk, num_bytes, &offset));
+    return status == SHML_OK ? PyLong_FromUnsignedLongLong(offset)
+                             : status_or_raise(&self->seg, status, "spill_reserve");
+}
+
+static PyObject *segment_spill_commit(Segment *self, PyObject *args)
+{
+    unsigned int chunk;
+    unsigned long long offset, num_bytes;
+    if (!PyArg_ParseTuple(args, "IKK", &chunk, &offset, &num_bytes) || !usable(self))
+        return NULL;
+    CALL(shml_spill_commit(&self->seg, chunk, offset, num_bytes));
+    return status_or_raise(&self->seg, status, "spill_commit");
+}
+
+static PyObject *segment_spill_freeze(Segment *self, PyObject *unused)
+{
+    (void)unused;
+    if (!usable(self))
+        return NULL;
+    CALL(shml_spill_freeze(&self->seg));
+    return status < 0 ? raise_on(&self->seg, status, "spill_freeze") : PyBool_FromLong(status);
+}
+
+static PyObject *segment_spill_find(Segment *self, PyObject *args)
+{
+    unsigned int chunk;
+    uint64_t offset, num_bytes;
+    if (!PyArg_ParseTuple(args, "I", &chunk) || !usable(self))
+        return NULL;
+    int status = shml_spill_find(&self->seg, chunk, &offset, &num_bytes);
+    if (status == SHML_E_NOTFOUND)
+        Py_RETURN_NONE;
+    return status == SHML_OK ? Py_BuildValue("(KK)", offset, num_bytes) : raise_on(&self->seg, status, "spill_find");
+}
+
 static PyObject *segment_count_fetched(Segment *self, PyObject *args)
 {
     unsigned long long num_bytes;
@@ -910,7 +953,8 @@ static PyObject *segment_stats(Segment *self, PyObject *unused)
         ITEM(decoding_ns),    ITEM(num_fetched),  ITEM(progress),      ITEM(chunks_todo),
         ITEM(chunks_claimed), ITEM(chunks_done),  ITEM(chunks_broken), ITEM(num_owners),
         ITEM(num_workers),    ITEM(num_services), ITEM(num_reaped),    ITEM(num_services_lost),
-        ITEM(num_rebuilds),   ITEM(num_orders),
+        ITEM(num_rebuilds),   ITEM(num_orders),   ITEM(spill_bytes),   ITEM(spill_used_bytes),
+        ITEM(spill_frozen),
 #undef ITEM
 #undef REGION
     };
@@ -1175,6 +1219,12 @@ static PyMethodDef segment_methods[] = {
     {"chunk_claim", (PyCFunction)segment_chunk_claim, METH_VARARGS, "chunk_claim(chunk) -> status"},
     {"chunk_end", (PyCFunction)segment_chunk_end, METH_VARARGS, "chunk_end(chunk, outcome) -> status"},
     {"chunks_wanted", (PyCFunction)segment_chunks_wanted, METH_VARARGS, "chunks_wanted(most) -> [(chunk, rows)]"},
+    {"spill_reserve", (PyCFunction)segment_spill_reserve, METH_VARARGS,
+     "spill_reserve(chunk, num_bytes) -> offset, or a status (negative)"},
+    {"spill_commit", (PyCFunction)segment_spill_commit, METH_VARARGS,
+     "spill_commit(chunk, offset, num_bytes) -> status"},
+    {"spill_freeze", (PyCFunction)segment_spill_freeze, METH_NOARGS, "spill_freeze() -> whether it was this call"},
+    {"spill_find", (PyCFunction)segment_spill_find, METH_VARARGS, "spill_find(chunk) -> (offset, num_bytes) or None"},
     {"raw_release", (PyCFunction)segment_raw_release, METH_VARARGS, "raw_release(ring_fd) -> whether it was"},
     {"count_fetched", (PyCFunction)segment_count_fetched, METH_VARARGS, "count_fetched(num_bytes)"},
     {"count_decoding", (PyCFunction)segment_count_decoding, METH_VARARGS, "count_decoding(ns)"},
@@ -1375,16 +1425,19 @@ static PyType_Spec batch_spec = {"shmloader._native.BatchRing", sizeof(BatchRing
 static PyObject *format_control(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     (void)module;
-    static char *names[] = {
-        "control", "resident_bytes", "transit_bytes", "raw_bytes",     "num_records",  "first_rows",       "num_rows",
-        "units",   "uuid",           "boot_id",       "pid_namespace", "record_bytes", "raw_budget_bytes", NULL};
+    static char *names[] = {"control",          "resident_bytes", "transit_bytes",
+                            "raw_bytes",        "num_records",    "first_rows",
+                            "num_rows",         "units",          "uuid",
+                            "boot_id",          "pid_namespace",  "record_bytes",
+                            "raw_budget_bytes", "spill_bytes",    NULL};
     PyObject *mapping;
     unsigned long long resident_bytes, transit_bytes, raw_bytes, num_records, pid_namespace, record_bytes,
-        raw_budget_bytes;
+        raw_budget_bytes, spill_bytes;
     Py_buffer first_rows, num_rows, units, uuid, boot_id;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKKKy*y*y*y*y*KKK", names, mapping_type, &mapping,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKKKy*y*y*y*y*KKKK", names, mapping_type, &mapping,
                                      &resident_bytes, &transit_bytes, &raw_bytes, &num_records, &first_rows, &num_rows,
-                                     &units, &uuid, &boot_id, &pid_namespace, &record_bytes, &raw_budget_bytes))
+                                     &units, &uuid, &boot_id, &pid_namespace, &record_bytes, &raw_budget_bytes,
+                                     &spill_bytes))
         return NULL;
     int status = SHML_E_INVAL;
     if (first_rows.len == 2 * num_rows.len && units.len == num_rows.len && uuid.len == 16 && boot_id.len == 16) {
@@ -1395,6 +1448,7 @@ static PyObject *format_control(PyObject *module, PyObject *args, PyObject *kwar
                                 .num_chunks = (uint32_t)(num_rows.len / 4),
                                 .record_bytes = record_bytes,
                                 .raw_budget_bytes = raw_budget_bytes,
+                                .spill_bytes = spill_bytes,
                                 .pid_namespace = pid_namespace};
         memcpy(config.uuid, uuid.buf, 16);
         memcpy(config.boot_id, boot_id.buf, 16);

@@ -223,6 +223,35 @@ static int check_chunks(shml_seg_t *seg, const char **what)
     return SHML_OK;
 }
 
+/* What is spilled lies in what was given out; with `bitmap` no two share a page, else only their sum is looked at. A
+ * chunk is in the raw region or spilled, never both. */
+static int check_spill(shml_seg_t *seg, uint8_t *bitmap, const char **what)
+{
+    shml_control_t *c = seg->control;
+    uint64_t sum = 0, end = c->spill_end, size = end / SHML_SPILL_PAGE / 8 + 1;
+    int status;
+    MUST(end <= c->spill_bytes && end % SHML_SPILL_PAGE == 0, "more of the disk is given out than there is");
+    if (bitmap != NULL && size > c->control_bytes)
+        bitmap = NULL;
+    if (bitmap != NULL)
+        memset(bitmap, 0, size);
+    for (uint32_t i = 0; i < c->num_chunks; i++) {
+        uint64_t spilled = shml_chunks(c)[i].spilled, at = shml_spilled_offset(spilled);
+        uint64_t bytes = shml_spill_pages(shml_spilled_bytes(spilled));
+        if (spilled == 0)
+            continue;
+        MUST(bytes > 0 && at <= end && bytes <= end - at, "a chunk is spilled outside of what was given out");
+        MUST((sum += bytes) <= end, "more is spilled than was given out");
+        const shml_desc_t *desc = shml_find(seg, SHML_RAW | i, &status);
+        MUST(status == SHML_OK && (desc == NULL || desc->state != SHML_DESC_READY), "a chunk is in raw and spilled");
+        for (uint64_t page = at / SHML_SPILL_PAGE; bitmap != NULL && page < (at + bytes) / SHML_SPILL_PAGE; page++) {
+            MUST(!(bitmap[page / 8] >> (page % 8) & 1), "two spilled chunks overlap");
+            bitmap[page / 8] |= (uint8_t)(1u << (page % 8));
+        }
+    }
+    return SHML_OK;
+}
+
 static int check_orders(shml_control_t *c, const char **what)
 {
     uint32_t num_orders = 0;
@@ -258,6 +287,8 @@ static int check_locked(shml_seg_t *seg, void *scratch, const char **what)
         status = check_counts(c, &sums, what);
     if (status == SHML_OK)
         status = check_chunks(seg, what);
+    if (status == SHML_OK)
+        status = check_spill(seg, scratch, what);
     if (status == SHML_OK)
         status = check_orders(c, what);
     return status == SHML_OK && scratch != NULL ? check_overlap(c, scratch, what) : status;

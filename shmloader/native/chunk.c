@@ -122,8 +122,12 @@ int shml_chunk_stay(shml_seg_t *seg, uint32_t index)
     return (chunk->word & SHML_CHUNK_STAYS) != 0;
 }
 
+/* Are its encoded rows at hand, in the raw region or spilled? */
 static int has_raw(shml_seg_t *seg, uint32_t chunk, int *status)
 {
+    *status = SHML_OK;
+    if (shml_chunks(seg->control)[chunk].spilled != 0)
+        return 1;
     const shml_desc_t *desc = shml_find(seg, SHML_RAW | chunk, status);
     return desc != NULL && desc->state == SHML_DESC_READY;
 }

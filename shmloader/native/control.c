@@ -30,6 +30,9 @@ static uint32_t abi_hash(void)
         offsetof(struct shml_control, num_ready),
         offsetof(struct shml_control, progress),
         offsetof(struct shml_control, num_orders),
+        offsetof(struct shml_control, spill_bytes),
+        offsetof(struct shml_control, spill_end),
+        offsetof(struct shml_chunk, spilled),
         (uint64_t)sysconf(_SC_PAGESIZE),
         SHML_MAX_CLIENTS,
         SHML_MAX_WANTS,
@@ -127,6 +130,8 @@ int shml_control_format(void *control, uint64_t bytes, const shml_config_t *conf
     uint64_t need = lay_out(config, c);
     if (need == 0 || bytes < need)
         return SHML_E_INVAL;
+    if (config->spill_bytes % SHML_SPILL_PAGE != 0 || config->spill_bytes > SHML_MAX_SPILL_BYTES)
+        return SHML_E_INVAL;
     c->version = SHML_VERSION;
     c->abi = abi_hash();
     memcpy(c->uuid, config->uuid, sizeof c->uuid);
@@ -134,6 +139,7 @@ int shml_control_format(void *control, uint64_t bytes, const shml_config_t *conf
     c->pid_namespace = config->pid_namespace;
     c->record_bytes = config->record_bytes;
     c->raw_budget_bytes = config->raw_budget_bytes;
+    c->spill_bytes = config->spill_bytes;
     c->control_bytes = need;
     if (shml_mutex_init(&c->mutex) != SHML_OK)
         return SHML_E_SYS;

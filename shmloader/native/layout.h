@@ -61,6 +61,7 @@
 #define SHML_MAX_ORDERS  64u
 #define SHML_PIN_WORDS   (SHML_MAX_CLIENTS / 64u)
 #define SHML_ALIGN       64u
+#define SHML_SPILL_PAGE  UINT64_C(4096) /* what is spilled begins at a multiple of this */
 /* So many positions from an order's low-water mark on it is known whether they were read. */
 #define SHML_READ_POSITIONS 16384u
 
@@ -99,7 +100,8 @@ typedef struct shml_chunk {
     uint32_t waiting;               /* scratch of shml_chunks_wanted, under the mutex */
     uint32_t num_final, num_stored; /* derived: rows that are resident or ASIDE; rows that are resident */
     uint64_t resident_bytes;        /* derived: of its resident rows */
-    uint64_t reserved[2];
+    _Atomic uint64_t spilled;       /* truth, stored once; where its encoded rows are on disk (spill.c), 0: nowhere */
+    uint64_t reserved;
 } shml_chunk_t;
 _Static_assert(sizeof(shml_chunk_t) == 64, "a chunk is a cache line");
 
@@ -181,7 +183,7 @@ struct shml_control {
     uint8_t uuid[16];
     uint8_t boot_id[16];
     uint64_t pid_namespace;
-    uint64_t control_bytes, ring_bytes, num_records, record_bytes, raw_budget_bytes;
+    uint64_t control_bytes, ring_bytes, num_records, record_bytes, raw_budget_bytes, spill_bytes;
     uint32_t max_clients, num_chunks, num_descs, num_buckets;
     uint64_t clients_at, wants_at, orders_at, marks_at, read_at, texts_at, chunks_at, descs_at, pins_at, buckets_at,
         reads_at;
@@ -201,6 +203,8 @@ struct shml_control {
     uint32_t desc_end; /* no descriptor at or above this index was ever used; stored before one is, only grows */
     /* Counts of what happened. A kill between one of them and what it counts makes it wrong by one. */
     uint64_t num_commits, commit_bytes, num_evicted, num_starved, num_fetched;
+    _Atomic uint64_t spill_end; /* of the file on disk: given out up to here; only grows */
+    uint32_t spill_frozen;      /* the disk refused: no more is given out */
 
     /* Derived, under the mutex. */
     _Alignas(64) uint32_t num_ready; /* of samples, as the next */
@@ -383,4 +387,8 @@ int shml_is_read(shml_control_t *c, const shml_stamp_t *stamp); /* the position 
 
 #define SHML_POISON(seg) shml_poison((seg), __LINE__)
 static inline uint64_t shml_align(uint64_t n) { return (n + (SHML_ALIGN - 1)) & ~(uint64_t)(SHML_ALIGN - 1); }
+/* What so many bytes take of the file on disk; where a chunk lies in it, of its `spilled`. */
+static inline uint64_t shml_spill_pages(uint64_t n) { return (n + SHML_SPILL_PAGE - 1) & ~(SHML_SPILL_PAGE - 1); }
+static inline uint64_t shml_spilled_offset(uint64_t spilled) { return (spilled >> 32) * SHML_SPILL_PAGE; }
+static inline uint64_t shml_spilled_bytes(uint64_t spilled) { return (spilled & UINT32_MAX) * SHML_ALIGN; }
 #endif

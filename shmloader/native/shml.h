@@ -108,6 +108,7 @@ typedef struct shml_config {
     uint64_t num_records;      /* samples of the source; ids below this never collide in the index */
     uint32_t num_chunks;
     uint64_t record_bytes; /* of every sample, about; 0: not known. For what is promised before the first is there */
+    uint64_t spill_bytes;  /* of the file for encoded chunks on disk; a multiple of 4096, 0: there is none */
     uint8_t uuid[16];
     uint8_t boot_id[16];
     uint64_t pid_namespace; /* inode of /proc/self/ns/pid */
@@ -297,14 +298,16 @@ int shml_count_reads(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint32_t 
 
 /* Of shml_chunk_look: the state, and */
 #define SHML_CHUNK_STAYS   0x10u /* its rows go to the resident region */
-#define SHML_CHUNK_HAS_RAW 0x20u /* its encoded rows are in the raw region */
+#define SHML_CHUNK_HAS_RAW 0x20u /* its encoded rows are at hand: in the raw region, or spilled */
 int shml_chunk_look(shml_seg_t *seg, const uint32_t *chunks, uint32_t n, uint8_t *states);
 /* Take a chunk to fetch. Decides whether its rows STAY: while the resident region is not promised away.
- * EXISTS: its raw record is there. STALE: another has it, or reads its unit. NOTFOUND: it is done or broken. */
+ * EXISTS: its raw record is there, or it is spilled. STALE: another has it, or reads its unit. NOTFOUND: it is done or
+ * broken. */
 int shml_chunk_claim(shml_seg_t *seg, uint32_t chunk);
-/* The claim's end: fetched (its raw record is committed), given up for now (0), or it cannot be read (broken: the JSON
- * of the reason is record SHML_CHUNK_ERROR | chunk, if there was room). A chunk becomes DONE by itself, when all of its
- * rows are FINAL, and a claim of it ends with that. STALE: this client has not claimed it (any more). */
+/* The claim's end: fetched (its raw record is committed, or it is spilled), given up for now (0), or it cannot be read
+ * (broken: the JSON of the reason is record SHML_CHUNK_ERROR | chunk, if there was room). A chunk becomes DONE by
+ * itself, when all of its rows are FINAL, and a claim of it ends with that. STALE: this client has not claimed it (any
+ * more). */
 enum { SHML_FETCH_GIVEN_UP = 0, SHML_FETCH_OK = 1, SHML_FETCH_BROKEN = 2 };
 int shml_chunk_end(shml_seg_t *seg, uint32_t chunk, int outcome);
 /* Chunks that are not fetched, not claimed, and have rows that clients wait for, with how many; at most `max`;
@@ -313,6 +316,23 @@ int shml_chunks_wanted(shml_seg_t *seg, uint32_t *chunks, uint32_t *counts, uint
 /* Give the raw region's memory back (`fd` is the ring's) if every chunk is done or broken and no raw record is pinned.
  * Returns 1 if it was, else 0. */
 int shml_raw_release(shml_seg_t *seg, int fd);
+
+/* ---- encoded chunks on disk (spill.c): for the services alone, who write and read the file ---- */
+
+/* The file is no larger than this, and a chunk in it neither (both by the width of where it lies). */
+#define SHML_MAX_SPILL_BYTES   (UINT64_C(1) << 44)
+#define SHML_MAX_SPILLED_BYTES (UINT64_C(1) << 37)
+/* Room for the encoded rows of a chunk that this client has claimed: *offset, a multiple of 4096. What is reserved and
+ * not committed (a kill, an error) is lost: nothing is ever given back.
+ * STALE: this client has not claimed it (any more). FULL: there is no room for so much, or the disk refused more. */
+int shml_spill_reserve(shml_seg_t *seg, uint32_t chunk, uint64_t num_bytes, uint64_t *offset);
+/* They are written: from now on the chunk is there for good, and is not fetched again. End the claim with
+ * shml_chunk_end. STALE: as above. INVAL: outside of what was given out. EXISTS: it is spilled already. */
+int shml_spill_commit(shml_seg_t *seg, uint32_t chunk, uint64_t offset, uint64_t num_bytes);
+/* The disk refused: nothing more is spilled. 1: it was this call that said so, 0: somebody had before. */
+int shml_spill_freeze(shml_seg_t *seg);
+/* Where a spilled chunk lies, for good; num_bytes is rounded up to 64. Takes no lock. NOTFOUND: it is not spilled. */
+int shml_spill_find(const shml_seg_t *seg, uint32_t chunk, uint64_t *offset, uint64_t *num_bytes);
 
 /* The futex word of the services: +1 when wants are posted, a chunk is fetched or free again, an order begins, moves or
  * ends, or something can be evicted that could not before. */
@@ -365,10 +385,12 @@ typedef struct shml_stats {
     uint64_t decoding_ns;   /* that services have spent making samples, all together, ever */
     uint64_t num_fetched;   /* chunks fetched, ever */
     uint64_t progress;
+    uint64_t spill_bytes, spill_used_bytes; /* of the file on disk; of it given out, with what is lost */
     uint32_t chunks_todo, chunks_claimed, chunks_done, chunks_broken;
     uint32_t num_owners, num_workers, num_services, num_reaped, num_services_lost, num_rebuilds;
     uint32_t num_orders;
-    uint32_t state; /* 1 ready, 3 poisoned */
+    uint32_t spill_frozen; /* 1: the disk refused more */
+    uint32_t state;        /* 1 ready, 3 poisoned */
 } shml_stats_t;
 int shml_get_stats(shml_seg_t *seg, shml_stats_t *stats);
 

@@ -283,6 +283,8 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
             ring_used_bytes=raw["resident_used_bytes"] + raw["transit_used_bytes"],
             transit_bytes=raw["transit_bytes"],
             encoded_bytes=raw["raw_used_bytes"],
+            spill_bytes=raw["spill_bytes"],
+            spill_used_bytes=raw["spill_used_bytes"],
             prefetchers=max(0, len(services) - 1),
             service_pids=services,
             num_workers=raw["num_workers"],

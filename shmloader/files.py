@@ -81,13 +81,14 @@ def format_set(
     chunks: Sequence[tuple[int, int]],
     units: Sequence[int],
     record_bytes: int | None = None,
+    spill_bytes: int = 0,
 ) -> None:
     """Size the ring and lay out the control memory, for ``num_rows`` samples.
 
     Once per set, in the supervisor, before anybody attaches.
 
     chunks: (first row, number of rows) of each. units: for each the index of its unit's first chunk.
-    record_bytes: of every sample, if that is known.
+    record_bytes: of every sample, if that is known. spill_bytes: of the file for encoded chunks on disk, 0: none.
     """
     num_bytes = native.control_bytes(sizes.resident_bytes, sizes.transit_bytes, sizes.raw_bytes, num_rows, len(chunks))
     for fd, size in ((files.ring_fd, sizes.file_bytes), (files.control_fd, num_bytes)):
@@ -107,6 +108,7 @@ def format_set(
         pid_namespace=pid_namespace(),
         record_bytes=record_bytes or 0,
         raw_budget_bytes=sizes.raw_budget_bytes,
+        spill_bytes=spill_bytes,
     )
 
 

@@ -10,6 +10,7 @@ from shmloader.prefetch.launch import SetFiles, start_set
 from shmloader.prefetch.payload import Work, write
 from shmloader.reader import Reader
 from shmloader.ring import memory_limits
+from shmloader.spill_file import make_spill_file
 from shmloader.tokens import open_batch_ring, trim_batch_ring
 
 #: Bytes that the datasets of this process which took the default size need at most, by the set's uuid.
@@ -20,6 +21,7 @@ def open_set(work: Work, options: Options) -> Reader:
     """Make a set and its services; this process is its owner.
 
     Raises:
+        OptionError: nothing can be kept in the folder that was asked for.
         ShmloaderError: what the planner found, or the services could not do; nothing is left of the set.
     """
     size = _ring_size(options)
@@ -37,9 +39,13 @@ def open_set(work: Work, options: Options) -> Reader:
     fds: list[int] = []
     reader: Reader | None = None
     try:
-        fds.append(write(work, head))
-        fds.append(os.memfd_create("shmloader-plan", os.MFD_CLOEXEC))
-        files = SetFiles(ring_files, *fds)
+        spill = make_spill_file(options)
+        if spill.fd is not None:
+            fds.append(spill.fd)
+        head |= {"spill_bytes": spill.num_bytes, "spill_dir": spill.folder, "why_no_spill": spill.why_not}
+        fds.append(payload_fd := write(work, head))
+        fds.append(plan_fd := os.memfd_create("shmloader-plan", os.MFD_CLOEXEC))
+        files = SetFiles(ring_files, payload_fd, plan_fd, spill.fd)
         plan = start_set(files)
         open_batch_ring()
         reader = Reader(files, plan, options.timeout_s)

@@ -33,6 +33,8 @@ DEFAULT_TIMEOUT_S = 120.0
 #: Encoded bytes of the chunks that are shuffled among one another where the data does not fit the ring: 2,600 JPEGs
 #: of 100 KB, which mix as well as a shuffle buffer of 1,000 samples does (measured: `python -m bench order`).
 DEFAULT_WINDOW = "256MiB"
+#: Of the free space of the disk, for encoded chunks that would be fetched again (guessed: checkpoints need it too).
+DEFAULT_SPILL = "10%"
 #: More prefetchers than this rarely help: decoding saturates the memory bandwidth first (guessed).
 MAX_DEFAULT_PREFETCHERS = 8
 
@@ -41,13 +43,13 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class ByteSize:
-    """An amount of memory: absolute (``num_bytes``) or a share of the smallest memory limit (``share``)."""
+    """An amount: absolute (``num_bytes``) or a share (``share``) of the smallest memory limit, or of a disk."""
 
     num_bytes: int | None = None
     share: float | None = None
 
     def resolve(self, limit_bytes: int) -> int:
-        """The amount in bytes, where the smallest memory limit is ``limit_bytes``."""
+        """The amount in bytes, where there are ``limit_bytes``."""
         if self.num_bytes is not None:
             return self.num_bytes
         assert self.share is not None
@@ -56,9 +58,10 @@ class ByteSize:
 
 @dataclass(frozen=True)
 class SizeKind:
-    """Which sizes make sense. share_of: what a percentage is of; None: there are none."""
+    """Which sizes make sense. share_of: what a percentage is of; None: there are none. least: in bytes."""
 
     share_of: str | None
+    least: int = 1
     why_no_share: str = ""
 
     @property
@@ -67,11 +70,12 @@ class SizeKind:
         share = f", not a share of memory: {self.why_no_share}"
         if self.share_of:
             share = f', or a share of {self.share_of} ("25%")'
-        return f'bytes, or a number with a unit ("512MiB", "2GB"){share}; from 1 to 64 TiB'
+        return f'bytes, or a number with a unit ("512MiB", "2GB"){share}; from {self.least} to 64 TiB'
 
 
 _MEMORY = SizeKind("memory")
 _WINDOW = SizeKind(None, why_no_share="the order would differ from machine to machine")
+_SPILL = SizeKind("the free disk space", least=0)
 
 
 def parse_size(text: str | int, name: str = "size", kind: SizeKind = _MEMORY) -> ByteSize:
@@ -85,7 +89,7 @@ def parse_size(text: str | int, name: str = "size", kind: SizeKind = _MEMORY) ->
         number, unit = float(match[1]), match[2].upper()
         if unit == "%" and 0 < number <= 100 and kind.share_of is not None:
             return ByteSize(share=number / 100)
-        if unit in _UNITS and 1 <= number * _UNITS[unit] <= MAX_BYTES:
+        if unit in _UNITS and kind.least <= number * _UNITS[unit] <= MAX_BYTES:
             return ByteSize(num_bytes=int(number * _UNITS[unit]))
     raise _bad(name, text, kind.allowed)
 
@@ -108,6 +112,11 @@ class Options:
         ``SHMLOADER_AHEAD``
     window_bytes: encoded bytes of the chunks that are shuffled among one another where the data does not fit the
         ring; twice that is kept in memory. Another value is another order. ``SHMLOADER_WINDOW_BYTES``
+    spill_bytes: encoded chunks of data that do not fit the ring are kept on local disk up to this size, where fetching
+        them again would cost: those of a Hub or a stream, and those that are read in an order that is not known.
+        Bytes, or a share of what is free on that disk ("10%", the default); 0: none. ``SHMLOADER_SPILL_BYTES``
+    spill_dir: the folder of their file, which has no name in it and ends with the processes; None: ``TMPDIR``, else
+        /var/tmp, else /tmp, the first that can be written to and is not in memory. ``SHMLOADER_SPILL_DIR``
     prefetchers: number of prefetch processes; None: one a core, 8 at most. ``SHMLOADER_PREFETCHERS``
     timeout_s: a reader that waits this long without any progress of the prefetchers raises
         `WaitTimeoutError`. ``SHMLOADER_TIMEOUT_S``
@@ -120,6 +129,10 @@ class Options:
     window_bytes: int | str = field(
         default_factory=lambda: _env_size(os.environ, "SHMLOADER_WINDOW_BYTES", _WINDOW) or DEFAULT_WINDOW
     )
+    spill_bytes: int | str = field(
+        default_factory=lambda: _env_size(os.environ, "SHMLOADER_SPILL_BYTES", _SPILL) or DEFAULT_SPILL
+    )
+    spill_dir: str | None = field(default_factory=lambda: os.environ.get("SHMLOADER_SPILL_DIR") or None)
     prefetchers: int | None = field(default_factory=lambda: _number(os.environ, *_ENV_PREFETCHERS))
     timeout_s: float = field(default_factory=lambda: _number(os.environ, *_ENV_TIMEOUT) or DEFAULT_TIMEOUT_S)
     log: str = field(default_factory=lambda: _env_log(os.environ))
@@ -128,6 +141,9 @@ class Options:
         if self.ring_bytes is not None:
             parse_size(self.ring_bytes, "ring_bytes")
         parse_size(self.window_bytes, "window_bytes", _WINDOW)
+        parse_size(self.spill_bytes, "spill_bytes", _SPILL)
+        if self.spill_dir is not None and not (isinstance(self.spill_dir, str) and self.spill_dir):
+            raise _bad("spill_dir", self.spill_dir, "the name of a folder")
         for name in ("in_flight", "ahead"):
             value = getattr(self, name)
             _check(name, 1 if value is None else value, int, _SAMPLES)
@@ -150,10 +166,16 @@ class Options:
             in_flight=_number(env, *_ENV_IN_FLIGHT),
             ahead=_number(env, *_ENV_AHEAD),
             window_bytes=_env_size(env, "SHMLOADER_WINDOW_BYTES", _WINDOW) or DEFAULT_WINDOW,
+            spill_bytes=_env_size(env, "SHMLOADER_SPILL_BYTES", _SPILL) or DEFAULT_SPILL,
+            spill_dir=env.get("SHMLOADER_SPILL_DIR") or None,
             prefetchers=_number(env, *_ENV_PREFETCHERS),
             timeout_s=_number(env, *_ENV_TIMEOUT) or DEFAULT_TIMEOUT_S,
             log=_env_log(env),
         )
+
+    def spill_size(self) -> ByteSize:
+        """What `spill_bytes` says, in bytes (0: none) or as a share of the disk."""
+        return parse_size(self.spill_bytes, "spill_bytes", _SPILL)
 
     def num_prefetchers(self) -> int:
         """How many prefetchers to start: what was asked for, else one a core, at most 8."""

@@ -152,11 +152,12 @@ class Reader:
 
     def __getstate__(self) -> dict[str, Any]:
         self.check_can_travel()
-        ring = self.files.ring
+        ring, spill_fd = self.files.ring, self.files.spill_fd
         fds = (*ring.fds, self.files.payload_fd, self.files.plan_fd)
         return {
             "uuid": ring.uuid,
             "fds": [reduction.DupFd(fd) for fd in fds],
+            "spill_fd": None if spill_fd is None else reduction.DupFd(spill_fd),
             "timeout_s": self.timeout_s,
             "owner_pid": self.owner_pid,
             "owner": self.owner,
@@ -164,7 +165,8 @@ class Reader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         control, ring, lock, payload, plan = (fd.detach() for fd in state["fds"])
-        files = SetFiles(RingFiles(state["uuid"], control, ring, lock), payload, plan)
+        spill = None if state["spill_fd"] is None else state["spill_fd"].detach()
+        files = SetFiles(RingFiles(state["uuid"], control, ring, lock), payload, plan, spill)
         set_plan = read_plan(plan)
         assert set_plan is not None
         self.__init__(files, set_plan, state["timeout_s"])  # type: ignore[misc]

@@ -15,7 +15,8 @@ class Stats:
     samples_read: handed to readers so far. fetched_bytes: encoded bytes taken from the source so far.
     ring_bytes: the ring's size. transit_bytes: of it for samples that give way to others; 0 where all fit.
     ring_backed_bytes: of the ring backed by memory. ring_used_bytes: in records. encoded_bytes: of encoded chunks that
-        the services keep beside the ring.
+        the services keep beside the ring. spill_bytes, spill_used_bytes: those that they may keep on disk (0 where
+        all samples fit, or SHMLOADER_SPILL_BYTES is 0), and what of that is taken.
     prefetchers: prefetch processes at work (0 once all is there). service_pids: supervisor and prefetchers.
     num_workers: attached DataLoader workers. restarts: services that died and were
         replaced.
@@ -36,6 +37,8 @@ class Stats:
     ring_backed_bytes: int
     ring_used_bytes: int
     encoded_bytes: int
+    spill_bytes: int
+    spill_used_bytes: int
     prefetchers: int
     service_pids: list[int]
     num_workers: int

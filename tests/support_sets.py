@@ -267,13 +267,15 @@ def ring_files(
     transit_bytes: int = 0,
     raw_bytes: int = 1 << 20,
     units: Sequence[int] | None = None,
+    spill_bytes: int = 0,
 ) -> Iterator[RingFiles]:
     """The files of a set that has no services; each chunk is a unit of its own unless ``units`` says otherwise."""
     files = RingFiles.create()
     try:
         chunks = [(first, min(rows_per_chunk, num_rows - first)) for first in range(0, num_rows, rows_per_chunk)]
         sizes = Sizes(resident_bytes, transit_bytes, raw_bytes, raw_bytes)
-        format_set(files, sizes, num_rows, chunks, range(len(chunks)) if units is None else units)
+        units = range(len(chunks)) if units is None else units
+        format_set(files, sizes, num_rows, chunks, units, spill_bytes=spill_bytes)
         yield files
     finally:
         files.close()

@@ -16,7 +16,7 @@ RANKS = [
     {"errors"},
     {"options", "config", "sample", "permutation", "mixture", "order", "sizes"},
     {"sources", "processors", "_native"},
-    {"files"},
+    {"files", "spill_file"},
     {"ring"},
     {"writer"},
     {"prefetch"},

@@ -250,7 +250,7 @@ class FakeSegment:
 
 def refetch(segment: FakeSegment, num_decoded: int, urgent: bool = True) -> list[str]:
     """What is told after a chunk was fetched again and again, and so many rows were decoded each time."""
-    refetches = Refetches(segment, "the set", 12 * ROWS, 12)
+    refetches = Refetches(segment, "the set", 12 * ROWS, 12, lambda: "The disk is full.")
     for _ in range(2 * TELL_AFTER + 1):
         segment.counts["num_fetched"] += 1
         segment.counts["fetched_bytes"] += 1 << 20
@@ -261,7 +261,8 @@ def refetch(segment: FakeSegment, num_decoded: int, urgent: bool = True) -> list
 
 def test_refetching_for_single_rows_is_told_once_with_what_helps():
     (message,) = refetch(FakeSegment(), 1)
-    for part in ("the set", "64.0 MiB for every 64", "dataset.sampler()", "SHMLOADER_RING_BYTES"):
+    remedies = ("dataset.sampler()", "SHMLOADER_RING_BYTES", "SHMLOADER_SPILL_BYTES", "SHMLOADER_SPILL_DIR")
+    for part in ("the set", "64.0 MiB for every 64", "The disk is full.", *remedies):
         assert part in message
 
 

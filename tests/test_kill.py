@@ -401,7 +401,14 @@ def test_services_end_when_the_training_process_dies_between_the_plan_and_its_fi
     def work() -> None:
         files = RingFiles.create()
         sizes = {"ring_bytes": 1 << 20, "in_flight": None, "ahead": None, "window_bytes": 1 << 20}
-        head = {"uuid": files.uuid, "num_prefetchers": 1, "log": "WARNING", **sizes}
+        head = {
+            "uuid": files.uuid,
+            "num_prefetchers": 1,
+            "log": "WARNING",
+            "spill_bytes": 0,
+            "why_no_spill": "",
+            **sizes,
+        }
         payload = write(Work(SourceRequest(name, "train", None, True, {}), None, None, number), head)
         start_set(SetFiles(files, payload, os.memfd_create("plan")))
         os.kill(os.getpid(), signal.SIGKILL)  # it never was a client

@@ -12,6 +12,7 @@ from support_sets import Gate, gated, number, prefetchers_of, run_script, wait_u
 from shmloader import MultimodalConfig, Options, ShmMultimodalDataset
 from shmloader.errors import OptionError, WaitTimeoutError
 from shmloader.options import (
+    DEFAULT_SPILL,
     DEFAULT_TIMEOUT_S,
     DEFAULT_WINDOW,
     MAX_DEFAULT_PREFETCHERS,
@@ -57,6 +58,8 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         in_flight=None,
         ahead=None,
         window_bytes=DEFAULT_WINDOW,
+        spill_bytes=DEFAULT_SPILL,
+        spill_dir=None,
         prefetchers=None,
         timeout_s=DEFAULT_TIMEOUT_S,
         log="WARNING",
@@ -78,6 +81,8 @@ def test_every_variable_is_read() -> None:
         "SHMLOADER_IN_FLIGHT": "640",
         "SHMLOADER_AHEAD": "50",
         "SHMLOADER_WINDOW_BYTES": "64MiB",
+        "SHMLOADER_SPILL_BYTES": "5%",
+        "SHMLOADER_SPILL_DIR": "/scratch",
         "SHMLOADER_PREFETCHERS": "3",
         "SHMLOADER_TIMEOUT_S": "1.5",
         "SHMLOADER_LOG": "debug",
@@ -87,6 +92,8 @@ def test_every_variable_is_read() -> None:
         "in_flight": 640,
         "ahead": 50,
         "window_bytes": "64MiB",
+        "spill_bytes": "5%",
+        "spill_dir": "/scratch",
         "prefetchers": 3,
         "timeout_s": 1.5,
         "log": "DEBUG",
@@ -95,7 +102,7 @@ def test_every_variable_is_read() -> None:
 
 @pytest.mark.parametrize("name", [option.name for option in fields(Options)])
 def test_every_option_has_a_variable_of_its_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    value = {"log": "INFO", "timeout_s": "7.5", "prefetchers": "7"}.get(name, "4096")
+    value = {"log": "INFO", "spill_dir": "/scratch", "timeout_s": "7.5", "prefetchers": "7"}.get(name, "4096")
     monkeypatch.setenv(f"SHMLOADER_{name.upper()}", value)
     assert str(getattr(Options(), name)) == str(getattr(Options.from_env(), name)) == value
 
@@ -112,6 +119,8 @@ def test_every_option_has_a_variable_of_its_name(monkeypatch: pytest.MonkeyPatch
         ("SHMLOADER_AHEAD", "1GB", "from 1 up"),
         ("SHMLOADER_WINDOW_BYTES", "wide", "512MiB"),
         ("SHMLOADER_WINDOW_BYTES", "0", "512MiB"),
+        ("SHMLOADER_SPILL_BYTES", "-1", "25%"),
+        ("SHMLOADER_SPILL_BYTES", "101%", "25%"),
         ("SHMLOADER_PREFETCHERS", "0", "from 1 to 64"),
         ("SHMLOADER_PREFETCHERS", "65", "from 1 to 64"),
         ("SHMLOADER_PREFETCHERS", "2.5", "from 1 to 64"),
@@ -147,6 +156,10 @@ def test_a_bad_variable_is_an_error_with_name_value_and_what_is_allowed(name: st
         ("window_bytes", 0),
         ("window_bytes", None),
         ("window_bytes", "wide"),
+        ("spill_bytes", None),
+        ("spill_bytes", "-1"),
+        ("spill_dir", ""),
+        ("spill_dir", 7),
         ("prefetchers", 0),
         ("prefetchers", 65),
         ("prefetchers", 2.5),
@@ -178,6 +191,11 @@ def test_a_window_that_is_a_share_of_memory_is_an_error_that_says_why(
     for make in (Options, Options.from_env):
         with pytest.raises(OptionError, match=r"^SHMLOADER_WINDOW_BYTES='\d+%'.*not a share of memory"):
             make()
+
+
+@pytest.mark.parametrize("size", [0, "0", "1GiB", "50%"])
+def test_what_is_spilled_may_be_nothing_or_a_share(size: Any) -> None:
+    assert Options(spill_bytes=size).spill_bytes == size
 
 
 def test_by_default_there_is_a_prefetcher_for_each_core_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

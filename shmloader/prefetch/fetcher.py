@@ -1,4 +1,4 @@
-"""Fetches chunks from the source into the raw region, in a thread of its own beside the one that decodes."""
+"""Fetches chunks from the source into the raw region or to disk, in a thread of its own beside the one that decodes."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ log = logging.getLogger("shmloader.prefetcher")
 IDLE_MS = 1000
 #: But not more often than this, when looking is dear (guessed: little beside fetching a chunk).
 PACE_S = 0.01
+#: Sources of which a chunk is dear to read again: a Hub, and what is only read front to back.
+DEAR = ("streaming", "sequential")
 #: And so long while what is held is waited for, and nothing else can be (guessed: about a task).
 FULL_MS = 10
 
@@ -60,7 +62,7 @@ class Fetcher:
         self._waiting: _Fetched | None = None
         self._held = Held(segment, most_held_bytes)
         source = plan.source
-        self._refetches = Refetches(segment, source.name, source.num_rows, len(source.chunks))
+        self._refetches = Refetches(segment, source.name, source.num_rows, len(source.chunks), store.describe_disk)
         self._is_stopped = threading.Event()
         # A daemon: the process must be able to end while a read hangs in the network.
         self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
@@ -141,7 +143,7 @@ class Fetcher:
         self._schedule.read(pick.chunk, True)
         self._segment.count_fetched(sum(batch.nbytes for batch in batches))
         fetched = _Fetched(pick, batches)
-        if self._put(fetched):
+        if self._put(fetched, is_first=True):
             return True
         if self._waiting is None and (pick.why is not Why.PASSING or pick.stays):
             self._waiting = fetched
@@ -160,10 +162,13 @@ class Fetcher:
             batches.append(batch)
         return batches
 
-    def _put(self, fetched: _Fetched) -> bool:
-        """Write the chunk into the ring; False: there is no room now."""
+    def _put(self, fetched: _Fetched, is_first: bool = False) -> bool:
+        """Write the chunk to disk (tried once: room there does not come back) or into the ring; False: no room now."""
         pick = fetched.pick
         try:
+            if is_first and self._is_for_disk(pick) and self._store.put_on_disk(pick.chunk, fetched.batches):
+                self._end(pick)
+                return True
             try:
                 num_bytes = self._store.put(pick.chunk, fetched.batches, pick.stamp, False)
             except NoRoom:  # only now in the place of what an order needs
@@ -180,9 +185,16 @@ class Fetcher:
             raise self._too_large(pick.chunk, error) from error
         if pick.urgent and not pick.stays and pick.stamp is None:
             self._held.add(pick.chunk, num_bytes)
+        self._end(pick)
+        return True
+
+    def _is_for_disk(self, pick: Pick) -> bool:
+        """Whether it would be fetched again, and that costs or is not known to be once an epoch."""
+        return not pick.stays and (self._plan.source.mode in DEAR or pick.stamp is None)
+
+    def _end(self, pick: Pick) -> None:
         self._segment.chunk_end(pick.chunk, native.FETCH_OK)
         self._refetches.note(pick.chunk, pick.urgent)
-        return True
 
     def _give_up_for_ever(self, index: int, error: Exception) -> None:
         chunk = self._plan.source.chunks[index]

@@ -38,23 +38,28 @@ class SetFiles:
     ring: RingFiles
     payload_fd: int
     plan_fd: int
+    spill_fd: int | None = None
+    """Of the file for encoded chunks on disk (spill_file.py); None: there is none."""
 
     def fds(self) -> dict[str, int]:
         """Descriptors by name, as a service takes them."""
         ring = self.ring
-        return {
+        fds = {
             "control": ring.control_fd,
             "ring": ring.ring_fd,
             "lock": ring.lock_fd,
             "payload": self.payload_fd,
             "plan": self.plan_fd,
         }
+        return fds if self.spill_fd is None else {**fds, "spill": self.spill_fd}
 
     def close(self) -> None:
         """Close them all."""
         self.ring.close()
         os.close(self.payload_fd)
         os.close(self.plan_fd)
+        if self.spill_fd is not None:
+            os.close(self.spill_fd)
 
 
 def start_set(files: SetFiles) -> SetPlan:

@@ -33,6 +33,7 @@ from shmloader.prefetch.orders import FollowedOrders
 from shmloader.prefetch.payload import read_work
 from shmloader.prefetch.plan import SetPlan, read_plan
 from shmloader.prefetch.schedule import DecodeSchedule
+from shmloader.prefetch.spill import Spill
 from shmloader.prefetch.store import RawStore
 from shmloader.processors.base import Processor
 from shmloader.ring import Ring
@@ -51,14 +52,20 @@ class Prefetcher:
     """Fills the ring of one set from one source; one of ``num_prefetchers``."""
 
     def __init__(
-        self, ring: Ring, plan: SetPlan, built: Sequence[Processor], reader: Reader, num_prefetchers: int
+        self,
+        ring: Ring,
+        plan: SetPlan,
+        built: Sequence[Processor],
+        reader: Reader,
+        num_prefetchers: int,
+        spill: Spill,
     ) -> None:
         self.ring = ring
         self.segment = ring.segment
         self.writer = Writer(ring)
         chunks = plan.chunks()
         orders = FollowedOrders(self.segment, chunks, plan.window_bytes)
-        store = RawStore(ring, self.writer, plan.source.schema, chunks.first_rows.tolist())
+        store = RawStore(ring, self.writer, plan.source.schema, chunks.first_rows.tolist(), spill)
         record_bytes = None if plan.schema is None else plan.schema.record_bytes()
         self.schedule = DecodeSchedule(self.segment, self.writer, chunks, orders, num_prefetchers, record_bytes)
         self.decoder = Decoder(ring, self.writer, plan, built, store, self.schedule)
@@ -137,7 +144,8 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
         log.debug("cannot start", exc_info=True)
         Writer(ring).put_fatal(error)
     else:
-        if Prefetcher(ring, plan, built, reader, head["num_prefetchers"]).run():
+        spill = Spill(ring.segment, fds.get("spill"), head["why_no_spill"])
+        if Prefetcher(ring, plan, built, reader, head["num_prefetchers"], spill).run():
             reader.close()
     ring.leave()
     # Without the interpreter's teardown: pyarrow's threads that still wind down can make it abort (seen with files of

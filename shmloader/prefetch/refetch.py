@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,10 +14,15 @@ TELL_AFTER = 32
 
 
 class Refetches:
-    """What one prefetcher fetches on demand, while readers follow no order that is known. name: of the source."""
+    """What one prefetcher fetches on demand, while readers follow no order that is known.
 
-    def __init__(self, segment: native.Segment, name: str, num_rows: int, num_chunks: int) -> None:
-        self._segment, self._name = segment, name
+    name: of the source. describe_disk: says why what was fetched is not on disk.
+    """
+
+    def __init__(
+        self, segment: native.Segment, name: str, num_rows: int, num_chunks: int, describe_disk: Callable[[], str]
+    ) -> None:
+        self._segment, self._name, self._describe_disk = segment, name, describe_disk
         self._mean_rows = num_rows / num_chunks
         self._seen = np.zeros(num_chunks, bool)
         self._is_told = False
@@ -48,7 +54,8 @@ class Refetches:
         message = (
             f"{self._name}: samples are read in an order that the prefetchers do not know, and do not fit the ring: "
             f"they are fetched from the source again and again, {64 * row_bytes / (1 << 20):,.1f} MiB for every 64 of "
-            "them. Give the DataLoader sampler=dataset.sampler() in place of shuffle=True: it shuffles so that "
-            "each part is fetched once an epoch. Or set SHMLOADER_RING_BYTES higher."
+            f"them. {self._describe_disk()} Give the DataLoader sampler=dataset.sampler() in place of shuffle=True: it "
+            "shuffles so that each part is fetched once an epoch. Or have what was fetched kept on disk, by "
+            "SHMLOADER_SPILL_BYTES and, for a larger disk, SHMLOADER_SPILL_DIR. Or set SHMLOADER_RING_BYTES higher."
         )
         self._segment.text_put(native.TEXT_REFETCH, json.dumps({"message": message}).encode())

@@ -1,8 +1,9 @@
-"""Encoded chunks in the ring's raw region: written by whoever fetched one, read in place by all prefetchers.
+"""Encoded chunks in the ring's raw region or on disk: written by whoever fetched one, read in place by all prefetchers.
 
 A chunk's record is an Arrow IPC stream of its rows. It is pinned while a task decodes rows of it, and only then: what
 stays open between tasks is kept *without* a pin, and used again only if the next pin finds the very same record
-(descriptor and generation), so that nothing that lies idle can keep the raw region from being used again.
+(descriptor and generation), so that nothing that lies idle can keep the raw region from being used again. One on disk
+(spill.py) is the same stream, needs no pin, and never changes.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import IO
 
 import pyarrow as pa
 
 import shmloader._native as native
+from shmloader.prefetch.spill import Spill
 from shmloader.ring import Ring
 from shmloader.writer import Stamp, Writer
 
@@ -29,11 +32,13 @@ LARGE_ROW_BYTES = 16 << 10
 BATCH_ROWS = 64
 
 _REF = struct.Struct("<QQIIII")  # shml_ref_t in native/shml.h
+#: In the place of the descriptor of a chunk that lies on disk, its offset in that of the generation.
+_ON_DISK = -1
 
 
 @dataclass(frozen=True)
 class RawChunk:
-    """An encoded chunk in the ring.
+    """An encoded chunk in the ring or on disk.
 
     record: its descriptor and generation. starts: the first row of each batch, in the split. row_bytes: mean encoded
     bytes of a row.
@@ -69,14 +74,22 @@ class Pinned:
 
 
 class RawStore:
-    """The raw region, as one prefetcher uses it. One thread may write, another one read.
+    """The raw region and the disk, as one prefetcher uses them. One thread may write, another one read.
 
-    first_rows: of each chunk. schema: of the rows.
+    first_rows: of each chunk. schema: of the rows. spill: the file on disk; None: there is none.
     """
 
-    def __init__(self, ring: Ring, writer: Writer, schema: pa.Schema, first_rows: Sequence[int]) -> None:
+    def __init__(
+        self,
+        ring: Ring,
+        writer: Writer,
+        schema: pa.Schema,
+        first_rows: Sequence[int],
+        spill: Spill | None = None,
+    ) -> None:
         self._ring, self._writer, self._schema = ring, writer, schema
         self._first_rows = first_rows
+        self._spill = Spill(ring.segment, None) if spill is None else spill
         self._open: OrderedDict[int, RawChunk] = OrderedDict()
 
     # -- the fetching thread -----------------------------------------------------------------------------
@@ -100,12 +113,23 @@ class RawStore:
         self._writer.commit(ticket)
         return num_bytes
 
+    def put_on_disk(self, chunk: int, batches: Sequence[pa.RecordBatch]) -> bool:
+        """As `put`, on disk, for good; False: there is no room, or the disk refused.
+
+        Only for a chunk that this process has claimed, in place of `put`: never both.
+        """
+        return self._spill.put(chunk, self._num_bytes(batches), lambda file: self._write(file, batches))
+
+    def describe_disk(self) -> str:
+        """As `Spill.describe`."""
+        return self._spill.describe()
+
     def _num_bytes(self, batches: Sequence[pa.RecordBatch]) -> int:
         sink = pa.MockOutputStream()
         self._write(sink, batches)
         return int(sink.size())
 
-    def _write(self, sink: pa.NativeFile, batches: Sequence[pa.RecordBatch]) -> None:
+    def _write(self, sink: pa.NativeFile | IO[bytes], batches: Sequence[pa.RecordBatch]) -> None:
         with pa.ipc.new_stream(sink, self._schema) as stream:
             for batch in batches:
                 stream.write_batch(batch)
@@ -114,16 +138,22 @@ class RawStore:
 
     def pin(self, chunks: Sequence[int]) -> Pinned:
         """Those of ``chunks`` that are there."""
-        ids = array("Q", [native.RAW | chunk for chunk in chunks])
+        spilled = {chunk: place for chunk in chunks if (place := self._spill.find(chunk)) is not None}
+        there = {chunk: self._opened(chunk, *place, _ON_DISK, place[0]) for chunk, place in spilled.items()}
+        raw = [chunk for chunk in chunks if chunk not in spilled]
+        if not raw:
+            return Pinned(there, None)
+        ids = array("Q", [native.RAW | chunk for chunk in raw])
         packed, _, pins, _ = self._ring.segment.get_many(ids, native.GET_TAKE, None)
-        refs = zip(chunks, _REF.iter_unpack(packed), strict=True)
-        return Pinned({chunk: self._opened(chunk, *ref[:4]) for chunk, ref in refs if ref[4] == native.READY}, pins)
+        refs = zip(raw, _REF.iter_unpack(packed), strict=True)
+        there |= {chunk: self._opened(chunk, *ref[:4]) for chunk, ref in refs if ref[4] == native.READY}
+        return Pinned(there, pins)
 
     def _opened(self, chunk: int, offset: int, num_bytes: int, desc: int, gen: int) -> RawChunk:
         found = self._open.pop(chunk, None)
         if found is None or found.record != (desc, gen):
-            view = self._ring.mapping.view(offset, num_bytes, None, True)
-            batches = list(pa.ipc.open_stream(pa.py_buffer(view)))
+            place = self._spill if desc == _ON_DISK else self._ring.mapping
+            batches = list(pa.ipc.open_stream(pa.py_buffer(place.view(offset, num_bytes, None, True))))
             starts, end = [], self._first_rows[chunk]
             for batch in batches:
                 starts.append(end)

@@ -149,7 +149,14 @@ class Supervisor:
             ahead=self.head["ahead"],
             window_bytes=layout.window_bytes,
         )
-        format_set(self.files, sizes, layout.num_rows, layout.chunks, layout.units, layout.record_bytes)
+        # Where all samples stay, nothing is fetched twice.
+        spill_bytes = self.head["spill_bytes"] if sizes.transit_bytes else 0
+        if spill_bytes:
+            log.info("encoded chunks are kept on disk: up to %d MiB, in %s", spill_bytes >> 20, self.head["spill_dir"])
+        elif sizes.transit_bytes:
+            log.info("encoded chunks are not kept on disk: %s", self.head["why_no_spill"])
+        told = (layout.num_rows, layout.chunks, layout.units, layout.record_bytes, spill_bytes)
+        format_set(self.files, sizes, *told)
 
     def _answer(self, answer: dict[str, Any]) -> None:
         assert self.status_fd is not None

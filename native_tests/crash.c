@@ -1,4 +1,4 @@
-/* The crash suite: whatever a client does, killed at any failpoint, the others go on, and a second kill in their
+/* The crash suite: whatever a client or a guest does, killed at any failpoint, the others go on, and a second kill in their
  * recovery changes nothing. Built with -DSHML_BREAK_REBUILD, _PINS, _REAP or _UNPIN it must fail (the Makefile sees to
  * that). */
 #define _GNU_SOURCE
@@ -262,6 +262,37 @@ static void check_kept(shml_seg_t *seg)
     check_record(seg, 8); /* READER waits, and has found it */
 }
 
+/* A guest that comes now gets its rows, whatever was listed when the kill came. */
+static void check_guests(void)
+{
+    const uint64_t ids[] = {9, 17};
+    shml_seg_t guest = segment(-1), seg = segment(OTHER);
+    for (int i = 0; i < 2; i++) {
+        shml_ref_t ref;
+        uint32_t num_missing;
+        uint8_t is_valid;
+        CHECK_EQ(shml_guest_get(&guest, &ids[i], 1, &ref, &num_missing), SHML_OK);
+        if (ref.status == SHML_REF_BROKEN)
+            continue;
+        if (num_missing > 0) {
+            uint64_t wanted[SHML_MAX_WANTS];
+            int n = shml_wanted(&seg, wanted, SHML_MAX_WANTS), is_listed = 0;
+            for (int k = 0; k < n; k++)
+                is_listed |= wanted[k] == ids[i];
+            CHECK(is_listed);
+            shml_ticket_t ticket;
+            CHECK_EQ(shml_reserve(&seg, ids[i], record_bytes(ids[i]), NULL, 1, &ticket), SHML_OK);
+            write_record(&seg, &ticket, ids[i]);
+            CHECK_EQ(shml_commit(&seg, &ticket, SHML_REF_READY), SHML_OK);
+            CHECK_EQ(shml_guest_get(&guest, &ids[i], 1, &ref, &num_missing), SHML_OK);
+        }
+        CHECK_EQ(num_missing, 0);
+        check_bytes(&guest, &ref, ids[i]);
+        CHECK_EQ(shml_guest_check(&guest, &ref, 1, &is_valid), SHML_OK);
+        CHECK_EQ(is_valid, 1);
+    }
+}
+
 static void check_texts(shml_seg_t *seg)
 {
     char text[SHML_TEXT_BYTES];
@@ -294,6 +325,7 @@ static void go_on(int depth, const char *point)
     check_chunks(&seg, depth);
     finish_work(&seg);
     check_kept(&seg);
+    check_guests();
     check_texts(&seg);
     shml_seg_t newcomer = segment(-1);
     CHECK_EQ(shml_client_register(&newcomer, SHML_WORKER, -1, 0), SHML_OK);
@@ -451,6 +483,48 @@ static void give_up_waiting(void)
     shml_ref_t refs[3];
     CHECK_EQ(get(ACTOR, (uint64_t[]){9, 16, 17}, 3, SHML_GET_POST, NULL, refs), 2);
     CHECK_EQ(get(ACTOR, NULL, 0, SHML_GET_POST, NULL, refs), 0);
+}
+static uint32_t get_as_guest(const uint64_t *ids, uint32_t n, shml_ref_t *refs)
+{
+    shml_seg_t guest = segment(-1);
+    uint32_t num_missing;
+    CHECK_EQ(shml_guest_get(&guest, ids, n, refs, &num_missing), SHML_OK);
+    return num_missing;
+}
+static void read_as_a_guest(void)
+{
+    const uint64_t ids[] = {9, 16, 17, 0};
+    shml_ref_t refs[4];
+    uint8_t valid[4];
+    shml_seg_t guest = segment(-1);
+    snapshot.actors[0] = -1;
+    CHECK_EQ(get_as_guest(ids, 4, refs), 2);
+    CHECK_EQ(shml_guest_check(&guest, refs, 4, valid), SHML_OK);
+    CHECK(valid[0] == 1 && valid[1] == 0 && valid[2] == 0 && valid[3] == 1);
+    shml_guest_wait(&guest, shml_guest_word(&guest), 1);
+    put_unarmed(OTHER, 16); /* where 9 was */
+    CHECK_EQ(shml_guest_check(&guest, refs, 4, valid), SHML_OK);
+    CHECK(valid[0] == 0 && valid[3] == 1);
+    CHECK_EQ(get_as_guest(ids, 4, refs), 2);
+}
+static void put_what_guests_want(void)
+{
+    shml_ref_t refs[3];
+    snapshot.is_armed[0] = 0;
+    CHECK_EQ(get_as_guest((uint64_t[]){16, 9, 20}, 3, refs), 2);
+    snapshot.is_armed[0] = 1;
+    put(ACTOR, 20);
+    put(ACTOR, 16);
+}
+static void break_a_chunk_that_guests_want(void)
+{
+    shml_ref_t refs[3];
+    shml_seg_t seg = segment(ACTOR);
+    snapshot.is_armed[0] = 0;
+    CHECK_EQ(get_as_guest((uint64_t[]){11, 18, 20}, 3, refs), 3);
+    snapshot.is_armed[0] = 1;
+    CHECK_EQ(shml_chunk_claim(&seg, 2), SHML_OK);
+    CHECK_EQ(shml_chunk_end(&seg, 2, SHML_FETCH_BROKEN), SHML_OK);
 }
 static void begin_and_end_an_order(void)
 {
@@ -624,6 +698,9 @@ static void killed_while_breaking_a_chunk(void) { act(break_a_chunk); }
 static void killed_while_pinning(void) { act(pin_and_unpin); }
 static void killed_while_waiting_for_a_batch(void) { act(wait_for_a_batch); }
 static void killed_while_withdrawing_wants(void) { act(give_up_waiting); }
+static void killed_while_reading_as_a_guest(void) { act(read_as_a_guest); }
+static void killed_while_meeting_guests_wants(void) { act(put_what_guests_want); }
+static void killed_while_breaking_what_guests_want(void) { act(break_a_chunk_that_guests_want); }
 static void killed_in_an_order(void) { act(begin_and_end_an_order); }
 static void killed_while_stamping(void) { act(stamp_and_count); }
 static void killed_in_reap(void) { act(reap_the_dead); }
@@ -636,8 +713,8 @@ static void killed_in_text_put(void) { act(say); }
 
 static void every_failpoint_was_passed(void)
 {
-    const char *files[] = {"control.c", "client.c", "table.c", "rebuild.c", "region.c", "ring.c", "claim.c",
-                           "chunk.c",   "read.c",   "pin.c",   "want.c",    "order.c",  "spill.c"};
+    const char *files[] = {"control.c", "client.c", "table.c", "rebuild.c", "region.c", "ring.c",  "claim.c",
+                           "chunk.c",   "read.c",   "pin.c",   "want.c",    "order.c",  "spill.c", "guest.c"};
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         snapshot_check_coverage(files[i], "");
     snapshot_check_coverage("memory.c", "memory.ring_back.locked memory.ring_back.backed memory.ring_back.stored");
@@ -650,7 +727,8 @@ TEST_MAIN(TEST(killed_in_reserve_or_commit), TEST(killed_while_reusing_a_hole),
           TEST(killed_in_an_error_record), TEST(killed_in_abort), TEST(killed_while_claiming_rows),
           TEST(killed_while_fetching), TEST(killed_while_spilling), TEST(killed_while_breaking_a_chunk),
           TEST(killed_while_pinning), TEST(killed_while_waiting_for_a_batch), TEST(killed_while_withdrawing_wants),
-          TEST(killed_in_an_order), TEST(killed_while_stamping), TEST(killed_in_reap),
-          TEST(killed_while_setting_rows_aside), TEST(killed_in_register_or_unregister),
+          TEST(killed_while_reading_as_a_guest), TEST(killed_while_meeting_guests_wants),
+          TEST(killed_while_breaking_what_guests_want), TEST(killed_in_an_order), TEST(killed_while_stamping),
+          TEST(killed_in_reap), TEST(killed_while_setting_rows_aside), TEST(killed_in_register_or_unregister),
           TEST(killed_while_releasing_raw), TEST(killed_in_rebuild), TEST(killed_while_rebuilding_a_chunk),
           TEST(killed_in_text_put), TEST(every_failpoint_was_passed))

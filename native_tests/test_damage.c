@@ -73,7 +73,7 @@ static void ask_any(shml_seg_t *seg)
     const char *what;
     for (int i = 0; i < 8; i++)
         ids[i] = any_id(), chunks[i] = (uint32_t)dice(NUM_CHUNKS + 1);
-    switch (dice(12)) {
+    switch (dice(13)) {
     case 0: check_status(shml_look(seg, ids, 8, dice(2) == 0 ? &stamp : NULL, bytes)); break;
     case 1: check_status(shml_wanted(seg, ids, 8)); break;
     case 2: check_status(shml_chunk_look(seg, chunks, 8, bytes)); break;
@@ -91,6 +91,18 @@ static void ask_any(shml_seg_t *seg)
     case 8: check_status(shml_unclaim_rows(seg, ids, 8)); break;
     case 9: check_status(shml_count_reads(seg, ids, 8, reads)); break;
     case 10: check_status(shml_raw_release(seg, stage.ring_fd)); break;
+    case 11: {
+        shml_ref_t refs[8];
+        uint32_t num_missing;
+        int rc = shml_guest_get(seg, ids, 8, refs, &num_missing);
+        check_status(rc);
+        for (int i = 0; i < 8 && rc == SHML_OK; i++)
+            if (refs[i].status <= SHML_REF_ERROR)
+                check_place(refs[i].offset, refs[i].num_bytes);
+        if (rc == SHML_OK)
+            check_status(shml_guest_check(seg, refs, 8, bytes));
+        break;
+    }
     default: (void)shml_pin_quota(seg);
     }
 }
@@ -135,12 +147,13 @@ static void step(void)
 static void damage_a_word(void)
 {
     shml_control_t *c = stage.control;
+    const uint64_t head_bytes = offsetof(shml_control_t, guest_wants) + 64 - offsetof(shml_control_t, num_reaped);
     const struct {
         uint64_t at, bytes;
     } parts[] = {
         {(uint64_t)((uint8_t *)&c->dirty - (uint8_t *)c), 4},
-        {(uint64_t)((uint8_t *)&c->num_reaped - (uint8_t *)c), sizeof *c - offsetof(shml_control_t, num_reaped)},
-        {(uint64_t)((uint8_t *)&c->num_reaped - (uint8_t *)c), sizeof *c - offsetof(shml_control_t, num_reaped)},
+        {(uint64_t)((uint8_t *)&c->num_reaped - (uint8_t *)c), head_bytes},
+        {(uint64_t)((uint8_t *)&c->num_reaped - (uint8_t *)c), head_bytes},
         {c->clients_at, 6 * sizeof(shml_client_t)},
         {c->clients_at, 6 * sizeof(shml_client_t)},
         {c->wants_at, 64},

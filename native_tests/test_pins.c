@@ -245,7 +245,7 @@ static void a_client_in_any_slot_pins(void)
     static shml_ref_t refs[SHML_MAX_CLIENTS];
     uint32_t n = 0;
     for (; n < SHML_MAX_CLIENTS - 3; n++) {
-        clients[n] = enter(SHML_WORKER);
+        clients[n] = enter(SHML_OWNER);
         refs[n] = pin(clients[n], 0);
     }
     CHECK_EQ(clients[n - 1]->self, SHML_MAX_CLIENTS - 1);

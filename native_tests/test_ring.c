@@ -652,8 +652,8 @@ static void a_full_table_of_clients_buries_its_dead(void)
     new_segment();
     shml_seg_t seg = segment(-1);
     for (uint32_t i = 4; i < SHML_MAX_CLIENTS; i++)
-        CHECK_EQ(shml_client_register(&seg, SHML_WORKER, 0, 1), SHML_OK);
-    CHECK_EQ(shml_client_register(&seg, SHML_WORKER, 0, 1), SHML_E_CLIENTS);
+        CHECK_EQ(shml_client_register(&seg, SHML_SERVICE, -1, 0), SHML_OK);
+    CHECK_EQ(shml_client_register(&seg, SHML_OWNER, -1, 0), SHML_E_CLIENTS);
     world()->is_dead[100] = 1;
     CHECK_EQ(shml_client_register(&seg, SHML_OWNER, -1, 0), SHML_OK);
     CHECK_EQ(seg.self, 100);

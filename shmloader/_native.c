@@ -39,7 +39,6 @@ static PyObject *raise_status(int status, const char *what)
          "repaired, or memory was overwritten); build the dataset again"},
         {SHML_E_LAYOUT, "RingError", "not a segment of this version of shmloader, or not yet complete"},
         {SHML_E_TIMEOUT, "RingError", "the mutex was not had in 30 s: its holder is stopped or frozen"},
-        {SHML_E_CLIENTS, "RingError", "256 processes are attached already; end some or use fewer workers"},
         {SHML_E_NAMESPACE, "RingError", "the segment was made in another PID namespace"},
         {SHML_E_CORRUPT, "RingError", "a record is not what its header says"},
         {SHML_E_MEMORY, "MemoryLimitError", "not enough memory; set SHMLOADER_RING_BYTES lower"},
@@ -86,7 +85,8 @@ static PyObject *raise_on(const shml_seg_t *seg, int status, const char *what)
 static PyObject *status_or_raise(const shml_seg_t *seg, int status, const char *what)
 {
     if (status >= 0 || status == SHML_E_NOTFOUND || status == SHML_E_EXISTS || status == SHML_E_FULL ||
-        status == SHML_E_EXTEND || status == SHML_E_STALE || status == SHML_E_TOOBIG || status == SHML_E_MEMORY)
+        status == SHML_E_EXTEND || status == SHML_E_STALE || status == SHML_E_TOOBIG || status == SHML_E_MEMORY ||
+        status == SHML_E_CLIENTS)
         return PyLong_FromLong(status);
     return seg == NULL ? raise_status(status, what) : raise_on(seg, status, what);
 }
@@ -400,7 +400,7 @@ static PyObject *segment_register(Segment *self, PyObject *args)
         return NULL;
     CALL(shml_client_register(&self->seg, role, owner, owner_gen));
     if (status != SHML_OK)
-        return raise_on(&self->seg, status, "register");
+        return status_or_raise(&self->seg, status, "register");
     return Py_BuildValue("(iI)", self->seg.self, shml_client_gen(&self->seg, self->seg.self));
 }
 
@@ -946,15 +946,15 @@ static PyObject *segment_stats(Segment *self, PyObject *unused)
     {#r "_bytes", s.r.bytes}, {#r "_backed_bytes", s.r.backed_bytes}, {#r "_used_bytes", s.r.used_bytes},              \
         {#r "_head_bytes", s.r.head_bytes}, {#r "_blocks", s.r.num_blocks}, {#r "_frozen", s.r.frozen}
 #define ITEM(name) {#name, s.name}
-        REGION(resident),     REGION(transit),    REGION(raw),         ITEM(num_records),
-        ITEM(num_ready),      ITEM(num_errors),   ITEM(num_aside),     ITEM(num_reserved),
-        ITEM(num_claimed),    ITEM(num_suspect),  ITEM(num_commits),   ITEM(commit_bytes),
-        ITEM(num_reads),      ITEM(num_evicted),  ITEM(num_starved),   ITEM(fetched_bytes),
-        ITEM(decoding_ns),    ITEM(num_fetched),  ITEM(progress),      ITEM(chunks_todo),
-        ITEM(chunks_claimed), ITEM(chunks_done),  ITEM(chunks_broken), ITEM(num_owners),
-        ITEM(num_workers),    ITEM(num_services), ITEM(num_reaped),    ITEM(num_services_lost),
-        ITEM(num_rebuilds),   ITEM(num_orders),   ITEM(spill_bytes),   ITEM(spill_used_bytes),
-        ITEM(spill_frozen),
+        REGION(resident),     REGION(transit),       REGION(raw),         ITEM(num_records),
+        ITEM(num_ready),      ITEM(num_errors),      ITEM(num_aside),     ITEM(num_reserved),
+        ITEM(num_claimed),    ITEM(num_suspect),     ITEM(num_commits),   ITEM(commit_bytes),
+        ITEM(num_reads),      ITEM(num_evicted),     ITEM(num_starved),   ITEM(fetched_bytes),
+        ITEM(decoding_ns),    ITEM(num_fetched),     ITEM(progress),      ITEM(chunks_todo),
+        ITEM(chunks_claimed), ITEM(chunks_done),     ITEM(chunks_broken), ITEM(num_owners),
+        ITEM(num_workers),    ITEM(num_services),    ITEM(num_reaped),    ITEM(num_services_lost),
+        ITEM(num_rebuilds),   ITEM(num_orders),      ITEM(spill_bytes),   ITEM(spill_used_bytes),
+        ITEM(spill_frozen),   ITEM(num_guest_reads),
 #undef ITEM
 #undef REGION
     };
@@ -1022,6 +1022,58 @@ static int parse_refs(PyObject *object, const shml_ref_t **refs, uint32_t *n)
     *refs = (const shml_ref_t *)bytes;
     *n = (uint32_t)(num_bytes / (Py_ssize_t)sizeof(shml_ref_t));
     return 1;
+}
+
+static PyObject *segment_guest_get(Segment *self, PyObject *object)
+{
+    Py_buffer ids;
+    uint32_t n, num_missing = 0;
+    if (!usable(self) || !parse_array(object, &ids, 8, &n))
+        return NULL;
+    PyObject *result = NULL, *refs = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n * (Py_ssize_t)sizeof(shml_ref_t));
+    if (refs != NULL) {
+        shml_ref_t *out = (shml_ref_t *)PyBytes_AsString(refs);
+        CALL(shml_guest_get(&self->seg, ids.buf, n, out, &num_missing));
+        result =
+            status == SHML_OK ? Py_BuildValue("(OI)", refs, num_missing) : raise_on(&self->seg, status, "guest_get");
+    }
+    Py_XDECREF(refs);
+    PyBuffer_Release(&ids);
+    return result;
+}
+
+static PyObject *segment_guest_check(Segment *self, PyObject *object)
+{
+    const shml_ref_t *refs;
+    uint32_t n;
+    if (!usable(self) || !parse_refs(object, &refs, &n))
+        return NULL;
+    PyObject *valid = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)n);
+    if (valid == NULL)
+        return NULL;
+    uint8_t *out = (uint8_t *)PyBytes_AsString(valid);
+    CALL(shml_guest_check(&self->seg, refs, n, out));
+    if (status != SHML_OK) {
+        Py_CLEAR(valid);
+        raise_on(&self->seg, status, "guest_check");
+    }
+    return valid;
+}
+
+static PyObject *segment_guest_word(Segment *self, PyObject *unused)
+{
+    (void)unused;
+    return usable(self) ? PyLong_FromUnsignedLong(shml_guest_word(&self->seg)) : NULL;
+}
+
+static PyObject *segment_guest_wait(Segment *self, PyObject *args)
+{
+    unsigned int seen, timeout_ms;
+    if (!PyArg_ParseTuple(args, "II", &seen, &timeout_ms) || !usable(self))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS shml_guest_wait(&self->seg, seen, timeout_ms);
+    Py_END_ALLOW_THREADS if (PyErr_CheckSignals() != 0) return NULL;
+    Py_RETURN_NONE;
 }
 
 static PyObject *segment_count_reads(Segment *self, PyObject *object)
@@ -1193,7 +1245,8 @@ static PyObject *segment_gather(Segment *self, PyObject *args)
 }
 
 static PyMethodDef segment_methods[] = {
-    {"register", (PyCFunction)segment_register, METH_VARARGS, "register(role, owner, owner_gen) -> (slot, gen)"},
+    {"register", (PyCFunction)segment_register, METH_VARARGS,
+     "register(role, owner, owner_gen) -> (slot, gen) or CLIENTS"},
     {"unregister", (PyCFunction)segment_unregister, METH_NOARGS, "Leave; the slot is free."},
     {"reap", (PyCFunction)segment_reap, METH_VARARGS, "reap(now) -> number of dead clients cleaned up after"},
     {"count", (PyCFunction)segment_count, METH_VARARGS, "count(role) -> living clients of that role"},
@@ -1213,6 +1266,12 @@ static PyMethodDef segment_methods[] = {
     {"work_word", (PyCFunction)segment_work_word, METH_NOARGS, "Read before claim, for work_wait."},
     {"work_wait", (PyCFunction)segment_work_wait, METH_VARARGS, "work_wait(seen, timeout_ms): until there may be work"},
     {"work_tell", (PyCFunction)segment_work_tell, METH_NOARGS, "Wake the services."},
+    {"guest_get", (PyCFunction)segment_guest_get, METH_O, "guest_get(ids u64) -> (refs, num_missing)"},
+    {"guest_check", (PyCFunction)segment_guest_check, METH_O,
+     "guest_check(refs) -> bytes: 1 where what was copied since guest_get is the record"},
+    {"guest_word", (PyCFunction)segment_guest_word, METH_NOARGS, "Read before guest_get, for guest_wait."},
+    {"guest_wait", (PyCFunction)segment_guest_wait, METH_VARARGS,
+     "guest_wait(seen, timeout_ms): until a guest's want was met, 100 ms at most"},
     {"look", (PyCFunction)segment_look, METH_VARARGS, "look(ids u64, stamp) -> bytes: ROW_* of each"},
     {"wanted", (PyCFunction)segment_wanted, METH_VARARGS, "wanted(most) -> ids that readers wait for and nobody makes"},
     {"chunk_look", (PyCFunction)segment_chunk_look, METH_O, "chunk_look(chunks u32) -> bytes: the state of each"},
@@ -1309,7 +1368,8 @@ static PyObject *batch_register(BatchRing *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "I", &role) || !batch_usable(self))
         return NULL;
     CALL(shml_batch_register(&self->h, role));
-    return status == SHML_OK ? PyLong_FromLong(self->h.self) : raise_status(status, "register with the batch ring");
+    return status == SHML_OK ? PyLong_FromLong(self->h.self)
+                             : status_or_raise(NULL, status, "register with the batch ring");
 }
 
 static PyObject *batch_acquire(BatchRing *self, PyObject *args)
@@ -1401,7 +1461,7 @@ static PyObject *batch_stats(BatchRing *self, PyObject *unused)
 }
 
 static PyMethodDef batch_methods[] = {
-    {"register", (PyCFunction)batch_register, METH_VARARGS, "register(role) -> slot of this client"},
+    {"register", (PyCFunction)batch_register, METH_VARARGS, "register(role) -> slot of this client, or CLIENTS"},
     {"acquire", (PyCFunction)batch_acquire, METH_VARARGS, "acquire(num_bytes, max_slots) -> slot or a status"},
     {"send", (PyCFunction)batch_send, METH_O, "send(slot): its token goes into the queue"},
     {"drop", (PyCFunction)batch_drop, METH_O, "drop(slot): free it unsent"},
@@ -1575,6 +1635,7 @@ static int add_constants(PyObject *module)
         {"EXTEND", SHML_E_EXTEND},
         {"STALE", SHML_E_STALE},
         {"MEMORY", SHML_E_MEMORY},
+        {"CLIENTS", SHML_E_CLIENTS},
         {"OWNER", SHML_OWNER},
         {"WORKER", SHML_WORKER},
         {"SERVICE", SHML_SERVICE},

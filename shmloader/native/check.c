@@ -270,6 +270,19 @@ static int check_orders(shml_control_t *c, const char **what)
     return SHML_OK;
 }
 
+static int check_guests(const shml_control_t *c, const char **what)
+{
+    uint32_t n = shml_guest_num_wants(c);
+    for (uint32_t i = 0; i < n; i++) {
+        if (c->guest_wants[i] == SHML_NO_WANT)
+            continue;
+        MUST(c->guest_wants[i] < c->num_records, "a guest wants what is no row");
+        for (uint32_t k = 0; k < i; k++)
+            MUST(c->guest_wants[k] != c->guest_wants[i], "a row is listed twice for the guests");
+    }
+    return SHML_OK;
+}
+
 static int check_locked(shml_seg_t *seg, void *scratch, const char **what)
 {
     shml_control_t *c = seg->control;
@@ -291,6 +304,8 @@ static int check_locked(shml_seg_t *seg, void *scratch, const char **what)
         status = check_spill(seg, scratch, what);
     if (status == SHML_OK)
         status = check_orders(c, what);
+    if (status == SHML_OK)
+        status = check_guests(c, what);
     return status == SHML_OK && scratch != NULL ? check_overlap(c, scratch, what) : status;
 }
 

@@ -206,6 +206,7 @@ static void set_broken(shml_seg_t *seg, uint32_t index, uint32_t deaths)
     const shml_chunk_t *chunk = &shml_chunks(seg->control)[index];
     set_word(seg->control, index, make_word(SHML_CHUNK_BROKEN, chunk->word, deaths, 0));
     shml_wants_wake(seg, chunk->first_row, chunk->num_rows);
+    shml_guests_met(seg, chunk->first_row, chunk->num_rows);
 }
 
 int shml_chunk_end(shml_seg_t *seg, uint32_t chunk, int outcome)
@@ -270,15 +271,13 @@ int shml_chunks_wanted(shml_seg_t *seg, uint32_t *chunks, uint32_t *counts, uint
     if (status != SHML_OK)
         return status;
     shml_control_t *c = seg->control;
-    const shml_client_t *clients = shml_clients(c);
     uint32_t found = 0;
     for (int pass = ZERO; pass <= COLLECT; pass++) {
-        for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
-            const uint64_t *wants = shml_wants(c, slot);
+        for (uint32_t list = 0; list < SHML_NUM_WANT_LISTS; list++) {
+            uint32_t n;
+            const uint64_t *wants = shml_want_list(c, list, &n);
             int32_t last = -1;
-            if (clients[slot].state != SHML_CLIENT_ACTIVE)
-                continue;
-            for (uint32_t i = 0; i < clients[slot].num_wants && i < SHML_MAX_WANTS; i++) {
+            for (uint32_t i = 0; i < n; i++) {
                 shml_chunk_t *chunk = to_fetch(c, wants[i], &last);
                 if (chunk == NULL)
                     continue;

@@ -41,6 +41,7 @@ static void set_aside(shml_seg_t *seg, uint64_t id)
     shml_chunk_settle(seg, id);
     SHML_FP("claim.aside.settled");
     shml_wants_wake(seg, id, 1);
+    shml_guests_met(seg, id, 1);
 }
 
 static int is_broken(shml_control_t *c, uint64_t id)

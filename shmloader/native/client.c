@@ -72,7 +72,8 @@ int shml_client_register(shml_seg_t *seg, uint32_t role, int32_t owner, uint32_t
             shml_unlock(seg);
             return SHML_OK;
         }
-        int slot = shml_clients_take(shml_clients(c), SHML_MAX_CLIENTS, seg->lock_fd, seg->env, role, owner, owner_gen);
+        uint32_t max_slots = role == SHML_WORKER ? SHML_MAX_CLIENTS - SHML_KEPT_CLIENTS : SHML_MAX_CLIENTS;
+        int slot = shml_clients_take(shml_clients(c), max_slots, seg->lock_fd, seg->env, role, owner, owner_gen);
         shml_unlock(seg);
         if (slot >= 0) {
             seg->self = slot;

@@ -33,6 +33,7 @@ static uint32_t abi_hash(void)
         offsetof(struct shml_control, spill_bytes),
         offsetof(struct shml_control, spill_end),
         offsetof(struct shml_chunk, spilled),
+        offsetof(struct shml_control, guest_wants),
         (uint64_t)sysconf(_SC_PAGESIZE),
         SHML_MAX_CLIENTS,
         SHML_MAX_WANTS,
@@ -210,6 +211,7 @@ int shml_poison(shml_seg_t *seg, uint32_t line)
         atomic_fetch_add_explicit(&clients[i].wake, 1, memory_order_release);
         seg->env->wake(seg->env->ctx, (uint32_t *)&clients[i].wake);
     }
+    shml_guests_wake(seg);
     atomic_fetch_add_explicit(&c->work, 1, memory_order_release);
     seg->env->wake(seg->env->ctx, (uint32_t *)&c->work);
     return SHML_E_POISONED;
@@ -230,6 +232,7 @@ int shml_lock(shml_seg_t *seg)
         SHML_FP("control.lock.repaired");
         /* Its last wakes may have been lost with the dead holder: everybody looks again. */
         shml_wants_wake(seg, 0, UINT64_MAX);
+        shml_guests_wake(seg);
         atomic_fetch_add_explicit(&c->work, 1, memory_order_release);
         seg->env->wake(seg->env->ctx, (uint32_t *)&c->work);
         if (status != SHML_OK) {
@@ -272,8 +275,10 @@ int shml_text_put(shml_seg_t *seg, uint32_t which, const void *text, uint32_t nu
     /* SYNC(text): pairs with the acquire in shml_text_get. */
     atomic_store_explicit(&t->num_bytes, num_bytes, memory_order_release);
     SHML_FP("control.text.done");
-    if (which == SHML_TEXT_FATAL)
+    if (which == SHML_TEXT_FATAL) {
         shml_wants_wake(seg, 0, UINT64_MAX);
+        shml_guests_wake(seg);
+    }
     shml_unlock(seg);
     return SHML_OK;
 }

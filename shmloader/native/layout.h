@@ -58,6 +58,7 @@
 #define SHML_VERSION     2u
 #define SHML_MAX_CLIENTS 256u
 #define SHML_MAX_WANTS   512u
+#define SHML_NO_WANT     UINT64_MAX /* an empty place in the guests' list of wants */
 #define SHML_MAX_ORDERS  64u
 #define SHML_PIN_WORDS   (SHML_MAX_CLIENTS / 64u)
 #define SHML_ALIGN       64u
@@ -222,6 +223,12 @@ struct shml_control {
     _Atomic uint64_t epoch;
     _Atomic uint64_t num_reads, fetched_bytes, decoding_ns;
     _Atomic uint32_t num_orders; /* LIVE ones: a hint, so that readers without any need not look */
+
+    /* Readers without a slot (guest.c): neither truth nor derived, a hint to services of what to make. */
+    _Alignas(64) _Atomic uint32_t guest_wake; /* futex word, any: +1 when they should look again */
+    _Atomic uint64_t num_guest_reads;         /* any */
+    uint64_t guest_next;                      /* under the mutex: wants listed, ever; the next is put at this modulo */
+    uint64_t guest_wants[SHML_MAX_WANTS];     /* under the mutex: ids, or SHML_NO_WANT */
 };
 
 /* Regions. */
@@ -374,7 +381,17 @@ void shml_wants_press(shml_seg_t *seg);                      /* wake who waits f
 void shml_wants_stamp(shml_control_t *c, shml_desc_t *desc); /* by the first two clients that want it */
 void shml_wants_post(shml_seg_t *seg, uint32_t slot, const uint64_t *ids, uint32_t n, const shml_ref_t *refs,
                      uint32_t num_missing, int is_take);
+/* List `list` of SHML_NUM_WANT_LISTS: those of the slots, of length 0 where nobody is, and last that of the guests. */
+#define SHML_NUM_WANT_LISTS (SHML_MAX_CLIENTS + 1u)
+const uint64_t *shml_want_list(shml_control_t *c, uint32_t list, uint32_t *n);
 void shml_wants_end(shml_seg_t *seg, uint32_t slot); /* withdraw the list, end the stamps */
+/* read.c */
+int shml_look_up(shml_seg_t *seg, uint64_t id, shml_ref_t *ref);
+/* guest.c */
+uint32_t shml_guest_num_wants(const shml_control_t *c); /* of guest_wants, empty places included */
+/* They are there, or will never come: out of the guests' wants; wakes the guests if there were any. */
+void shml_guests_met(shml_seg_t *seg, uint64_t first, uint64_t n);
+void shml_guests_wake(shml_seg_t *seg); /* needs no mutex */
 /* pin.c */
 int shml_pin_refs(shml_seg_t *seg, uint32_t slot, shml_ref_t *refs, uint32_t n); /* those in transit and raw */
 void shml_pins_clear(shml_seg_t *seg, uint32_t slot);                            /* of a dead client */

@@ -6,7 +6,7 @@
 #include "failpoint.h"
 #include "layout.h"
 
-static int look_up(shml_seg_t *seg, uint64_t id, shml_ref_t *ref)
+int shml_look_up(shml_seg_t *seg, uint64_t id, shml_ref_t *ref)
 {
     shml_control_t *c = seg->control;
     int status;
@@ -59,7 +59,7 @@ static int get_locked(shml_seg_t *seg, const uint64_t *ids, uint32_t n, int flag
     uint32_t missing = 0;
     prefetch(seg->control, ids, n);
     for (uint32_t i = 0; i < n; i++) {
-        int status = look_up(seg, ids[i], &refs[i]);
+        int status = shml_look_up(seg, ids[i], &refs[i]);
         if (status != SHML_OK)
             return status;
         missing += refs[i].status == SHML_REF_MISSING;

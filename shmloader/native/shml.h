@@ -140,8 +140,13 @@ int32_t shml_mutex_holder(const shml_control_t *control);
  * ---------------------------------------------------------------------------------------------------- */
 enum shml_role { SHML_OWNER = 1, SHML_WORKER = 2, SHML_SERVICE = 3 };
 
+/* So many slots, the last ones, no worker gets: a prefetcher that takes a dead one's place, or the next supervisor, must
+ * find one although workers wait for each that becomes free (guessed: more than a set has services). */
+#define SHML_KEPT_CLIENTS 32u
+
 /* Enter this process: takes a slot and its byte, sets seg->self. `owner` is the slot of a worker's owner
- * (its generation `owner_gen`), else -1. SHML_E_CLIENTS when all slots are taken by living processes. */
+ * (its generation `owner_gen`), else -1. SHML_E_CLIENTS when all slots are taken by living processes; for
+ * a worker when all but the last SHML_KEPT_CLIENTS are: it may then read as a guest. */
 int shml_client_register(shml_seg_t *seg, uint32_t role, int32_t owner, uint32_t owner_gen);
 /* Leave: gives back all but pins. With pins held the slot stays this process's, counted in no role, until the last
  * shml_unpin, which works after this too; who registers again before gets the same slot. */
@@ -291,6 +296,22 @@ int shml_wanted(shml_seg_t *seg, uint64_t *ids, uint32_t max);
 int shml_count_reads(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint32_t *reads);
 
 /* ---------------------------------------------------------------------------------------------------- *
+ * Guests (guest.c): readers for whom there is no slot in the table of clients
+ * ---------------------------------------------------------------------------------------------------- */
+/* Look up `n` ids in one critical section, for a process that is no client. Nothing is pinned: of what is there,
+ * ref.chunk is 1 if it may give way to others (copy it, then shml_guest_check), 0 if it is resident and stays. What is
+ * missing goes onto a want-list that all guests share: at most SHML_MAX_WANTS ids, of which the oldest give way.
+ * Protocol: loop { seen = shml_guest_word; get; copy; check; if something is missing: shml_guest_wait(seen) }, asking
+ * again only for what is still to be had; a guest that gives up just ends: what it wanted is made once, in vain. */
+int shml_guest_get(shml_seg_t *seg, const uint64_t *ids, uint32_t n, shml_ref_t *refs, uint32_t *num_missing);
+/* valid[i] = 1: what was read of record refs[i] between shml_guest_get and now is that record; 0: it has given way
+ * meanwhile, or was not there. INVAL: a ref that shml_guest_get did not give. */
+int shml_guest_check(shml_seg_t *seg, const shml_ref_t *refs, uint32_t n, uint8_t *valid);
+uint32_t shml_guest_word(const shml_seg_t *seg);
+/* Sleep until something that a guest wants was met, or will never come, or at most min(timeout_ms, SHML_TICK_MS). */
+void shml_guest_wait(shml_seg_t *seg, uint32_t seen, uint32_t timeout_ms);
+
+/* ---------------------------------------------------------------------------------------------------- *
  * Chunks (chunk.c): who fetches what
  * ---------------------------------------------------------------------------------------------------- */
 /* A chunk whose fetchers, or a row whose decoders, died this many times is set aside. */
@@ -376,14 +397,15 @@ typedef struct shml_stats {
     uint64_t num_records;                      /* the rows of the source */
     uint64_t num_ready, num_errors, num_aside; /* samples there are (resident and transit); that cannot be made */
     uint64_t num_reserved, num_claimed, num_suspect;
-    uint64_t num_commits;   /* of samples, ever: decodes */
-    uint64_t commit_bytes;  /* of those */
-    uint64_t num_reads;     /* samples handed out, ever */
-    uint64_t num_evicted;   /* samples evicted, ever */
-    uint64_t num_starved;   /* urgent reservations that found no room at once, ever */
-    uint64_t fetched_bytes; /* from the source, ever */
-    uint64_t decoding_ns;   /* that services have spent making samples, all together, ever */
-    uint64_t num_fetched;   /* chunks fetched, ever */
+    uint64_t num_commits;     /* of samples, ever: decodes */
+    uint64_t commit_bytes;    /* of those */
+    uint64_t num_reads;       /* samples handed out, ever */
+    uint64_t num_guest_reads; /* of these to guests */
+    uint64_t num_evicted;     /* samples evicted, ever */
+    uint64_t num_starved;     /* urgent reservations that found no room at once, ever */
+    uint64_t fetched_bytes;   /* from the source, ever */
+    uint64_t decoding_ns;     /* that services have spent making samples, all together, ever */
+    uint64_t num_fetched;     /* chunks fetched, ever */
     uint64_t progress;
     uint64_t spill_bytes, spill_used_bytes; /* of the file on disk; of it given out, with what is lost */
     uint32_t chunks_todo, chunks_claimed, chunks_done, chunks_broken;

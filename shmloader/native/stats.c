@@ -33,6 +33,7 @@ int shml_get_stats(shml_seg_t *seg, shml_stats_t *stats)
         .num_commits = c->num_commits,
         .commit_bytes = c->commit_bytes,
         .num_reads = c->num_reads,
+        .num_guest_reads = c->num_guest_reads,
         .num_evicted = c->num_evicted,
         .num_starved = c->num_starved,
         .fetched_bytes = c->fetched_bytes,

@@ -35,6 +35,7 @@ static int may_want(const shml_client_t *client, uint64_t id)
 void shml_wants_met(shml_seg_t *seg, uint64_t id)
 {
     shml_control_t *c = seg->control;
+    shml_guests_met(seg, id, 1);
     shml_client_t *clients = shml_clients(c);
     for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
         shml_client_t *client = &clients[slot];
@@ -169,20 +170,29 @@ void shml_wants_post(shml_seg_t *seg, uint32_t slot, const uint64_t *ids, uint32
         shml_work_tell(seg);
 }
 
+const uint64_t *shml_want_list(shml_control_t *c, uint32_t list, uint32_t *n)
+{
+    if (list == SHML_MAX_CLIENTS) {
+        *n = shml_guest_num_wants(c);
+        return c->guest_wants;
+    }
+    const shml_client_t *client = &shml_clients(c)[list];
+    *n = client->state == SHML_CLIENT_ACTIVE ? num_wants(client) : 0;
+    return shml_wants(c, list);
+}
+
 int shml_wanted(shml_seg_t *seg, uint64_t *ids, uint32_t max)
 {
     int status = shml_lock(seg);
     if (status != SHML_OK)
         return status;
     shml_control_t *c = seg->control;
-    const shml_client_t *clients = shml_clients(c);
     const shml_chunk_t *chunk = NULL;
     uint32_t found = 0;
-    for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS && found < max && status == SHML_OK; slot++) {
-        if (clients[slot].state != SHML_CLIENT_ACTIVE)
-            continue;
-        const uint64_t *wants = shml_wants(c, slot);
-        for (uint32_t i = 0; i < num_wants(&clients[slot]) && found < max && status == SHML_OK; i++) {
+    for (uint32_t list = 0; list < SHML_NUM_WANT_LISTS && found < max && status == SHML_OK; list++) {
+        uint32_t n;
+        const uint64_t *wants = shml_want_list(c, list, &n);
+        for (uint32_t i = 0; i < n && found < max && status == SHML_OK; i++) {
             const shml_desc_t *desc = shml_find(seg, wants[i], &status);
             if (status != SHML_OK || !shml_is_sample(wants[i]) || (desc != NULL && desc->state != SHML_DESC_SUSPECT))
                 continue;

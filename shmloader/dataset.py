@@ -277,6 +277,7 @@ class ShmMultimodalDataset(Dataset[dict[str, Any]]):
             commits=raw["num_commits"],
             decoding_s=raw["decoding_ns"] / 1e9,
             samples_read=raw["num_reads"],
+            guest_reads=raw["num_guest_reads"],
             fetched_bytes=raw["fetched_bytes"],
             ring_bytes=raw["resident_bytes"] + raw["transit_bytes"],
             ring_backed_bytes=raw["resident_backed_bytes"] + raw["transit_backed_bytes"],

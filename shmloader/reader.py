@@ -82,7 +82,8 @@ class Reader:
     def get(self, rows: Sequence[int]) -> tuple[Attachment, Refs]:
         """Where the records of ``rows`` lie; waits for them. Raises as `Ring.get_many`."""
         ring = self.attach()
-        place = self._orders.place_of(ring, rows) if ring.has_transit and ring.segment.num_orders() else None
+        has_place = ring.has_transit and not ring.is_guest and ring.segment.num_orders()
+        place = self._orders.place_of(ring, rows) if has_place else None
         refs = ring.get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
         attachment = self._attachment
         if attachment is None or attachment.ring is not ring:
@@ -93,9 +94,12 @@ class Reader:
         return attachment, refs
 
     def begin_order(self, order: Order, epoch: int) -> LiveOrder | None:
-        """Have the prefetchers follow ``order``; None: they follow as many as they can, or need not follow any."""
+        """Have the prefetchers follow ``order``; None: they follow as many as they can, or need not follow any.
+
+        None also for a guest: an order lives as long as its client.
+        """
         ring = self.attach()
-        return LiveOrder.begin(ring, order, epoch) if ring.has_transit else None
+        return LiveOrder.begin(ring, order, epoch) if ring.has_transit and not ring.is_guest else None
 
     def close(self) -> None:
         """Leave the set and close its files; the services end with the last owner. Views stay valid."""

@@ -3,7 +3,8 @@
 Resident records stay where they are. What lies in transit gives way to other records, so a look-up *pins* it: in
 the same critical section, for as long as its `Refs` (or a view made of them) lives. Nobody sleeps with pins: what a
 reader that waits for the rest of a batch has found is kept for it until it is in the way of others, and then it copies
-that out; who holds more than its share of transit gets copies as well.
+that out; who holds more than its share of transit gets copies as well. A worker for whom the set's table of clients has
+no slot is a *guest*: it gets copies of all that does not stay (guest.py), until it finds a slot.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import logging
 import os
-import struct
 import threading
 import time
 from array import array
@@ -21,8 +22,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import shmloader._native as native
-from shmloader.errors import ServiceError, ShmloaderError, WaitTimeoutError, from_wire
+from shmloader.errors import ClosedError, RingError, ServiceError, ShmloaderError, WaitTimeoutError, from_wire
 from shmloader.files import RingFiles, boot_id, pid_namespace
+from shmloader.guest import REF, GuestBatch, copy_error
+
+log = logging.getLogger("shmloader")
 
 #: Which positions of an order a look-up is for: (order, generation, begin, end).
 Place = tuple[int, int, int, int]
@@ -31,10 +35,10 @@ Place = tuple[int, int, int, int]
 atexit.register(native.set_exiting)
 
 
-#: How a reference is packed: shml_ref_t in native/shml.h (offset, bytes, descriptor, generation, status, chunk).
-_REF = struct.Struct("<QQIIII")
 #: Records begin at multiples of it: SHML_ALIGN in native/layout.h.
 ALIGNMENT = 64
+#: A guest that waits looks this often whether there is a slot by now (guessed: a try costs some 0.1 ms).
+JOIN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Refs:
 
     def place(self, i: int) -> tuple[int, int]:
         """Offset in ``base`` and size in bytes of the i-th record."""
-        offset, num_bytes, *_ = _REF.unpack_from(self.packed, i * native.REF_BYTES)
+        offset, num_bytes, *_ = REF.unpack_from(self.packed, i * native.REF_BYTES)
         return offset, num_bytes
 
     def pin(self, i: int) -> native.Pins | None:
@@ -82,6 +86,11 @@ class Ring:
 
     Services map the ring read-write, all others read-only. Not to be used in a forked child: attach again there
     (`is_home` tells).
+
+    is_guest: this is a worker, and no client (yet): all slots of the table are taken.
+
+    Raises:
+        RingError: the same, of an owner or a service.
     """
 
     def __init__(self, files: RingFiles, role: int, owner: tuple[int, int] | None = None) -> None:
@@ -98,10 +107,18 @@ class Ring:
             if not writable:
                 os.close(fd)
         self.segment = native.Segment(self._control, self.mapping, files.lock_fd, boot_id(), pid_namespace())
-        slot, gen = owner if owner is not None else (-1, 0)
-        self.slot, self.gen = self.segment.register(role, slot, gen)
+        self._owner = owner if owner is not None else (-1, 0)
+        self.slot, self.gen = -1, 0
+        self.is_guest = not self._register()
+        if self.is_guest:
+            if role != native.WORKER:
+                raise _no_slot(role)
+            log.info("process %d reads as a guest: the set's table of clients is full", os.getpid())
         self.has_transit = self.segment.stats()["transit_bytes"] > 0
         self._lock = threading.Lock()  # one want-list per client: one thread of it waits at a time
+        self._joining = threading.Lock()  # one slot per process: one thread of a guest takes it
+        self._join_at = time.monotonic() + JOIN_S
+        self._has_left = False
 
     @property
     def is_home(self) -> bool:
@@ -110,7 +127,16 @@ class Ring:
 
     def leave(self) -> None:
         """Give the client slot back. Views stay valid; nothing else may be called any more."""
+        self._has_left = True
         self.segment.unregister()
+
+    def _register(self) -> bool:
+        """Whether there was a slot for this process."""
+        registered = self.segment.register(self.role, *self._owner)
+        if isinstance(registered, int):
+            return False
+        self.slot, self.gen = registered
+        return True
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -134,6 +160,10 @@ class Ring:
             WaitTimeoutError: nothing at all moved for ``timeout_s``.
             ServiceError: this is a worker, and its training process is gone.
         """
+        if self.is_guest:
+            found = self._get_as_guest(ids, timeout_s, on_tick, describe)
+            if found is not None:
+                return found
         packed, missing, pins, is_over = self.segment.get_many(array("Q", ids), 0, place)
         if not missing and not _has_bad(packed):
             refs = Refs(ids, packed, self.mapping, pins)
@@ -155,7 +185,7 @@ class Ring:
         describe: Callable[[int], str],
         place: Place | None,
     ) -> Refs:
-        progress, since = -1, time.monotonic()
+        patience = _Patience(self, timeout_s, on_tick, describe)
         flags, starved = native.GET_POST, self.segment.starved()
         copies: dict[int, bytes] = {}  # of records in transit, by their index in ids
         left: Sequence[int] = range(len(ids))
@@ -177,22 +207,50 @@ class Ring:
                 refs, pins = replace(refs, pins=None), None  # given back before we sleep
             # Others may need the room of what we found: then, and only then, it is copied out.
             flags = native.GET_POST | (native.GET_TAKE if self.segment.starved() != starved else 0)
-            error = self._fatal()
+            patience.check(refs)
+            self.segment.wait(seen, native.TICK_MS)
+
+    def _get_as_guest(
+        self,
+        ids: Sequence[int],
+        timeout_s: float,
+        on_tick: Callable[[], None] | None,
+        describe: Callable[[int], str],
+    ) -> Refs | None:
+        """`get_many` without a slot. Any number of threads. None: this process has a slot now."""
+        batch = GuestBatch(self.segment, self.mapping, ids)
+        patience = _Patience(self, timeout_s, on_tick, describe)
+        while True:
+            seen = self.segment.guest_word()
+            asked, packed, missing = batch.look()
+            refs = Refs(asked, packed, self.mapping)
+            error = self._bad(refs, describe)
             if error is not None:
                 raise error
-            now = time.monotonic()
-            if (moved := self.segment.progress()) != progress:
-                progress, since = moved, now
-            elif now - since > timeout_s:
-                raise self._timed_out(refs, now - since, describe)
-            self.segment.reap(False)
-            if self.role == native.WORKER and not self.segment.count(native.OWNER):
-                raise ServiceError(
-                    "The training process that this worker reads for is gone, or has closed the dataset", role="owner"
-                )
-            if on_tick is not None:
-                on_tick()
-            self.segment.wait(seen, native.TICK_MS)
+            if not batch.left:
+                stay = sorted(batch.resident)
+                packed = b"".join(batch.resident[i] for i in stay)
+                resident = Refs([ids[i] for i in stay], packed, self.mapping)
+                return self._copied(ids, batch.copies, stay, resident) if batch.copies else resident
+            patience.check(refs)
+            if self._has_left:
+                raise ClosedError("The dataset was closed")
+            if self._join():
+                return None
+            if missing:  # else something gave way just now, and is missing at the next look
+                self.segment.guest_wait(seen, native.TICK_MS)
+
+    def _join(self) -> bool:
+        """Whether a guest is a client by now; tries to become one, but not too often."""
+        if time.monotonic() >= self._join_at and self._joining.acquire(blocking=False):
+            try:
+                if self.is_guest and self._register():
+                    self.is_guest = False
+                    log.info("process %d found a slot in the set's table of clients", os.getpid())
+                self._join_at = time.monotonic() + JOIN_S
+            finally:
+                self._joining.release()
+        return not self.is_guest
 
     @staticmethod
     def _copied(ids: Sequence[int], copies: dict[int, bytes], left: Sequence[int], refs: Refs) -> Refs:
@@ -206,7 +264,7 @@ class Ring:
         for i, size in enumerate(sizes):
             record = records[i]
             memoryview(base.view(offset, size))[: len(record)] = record
-            packed += _REF.pack(offset, len(record), 0, 0, native.READY, 0)
+            packed += REF.pack(offset, len(record), 0, 0, native.READY, 0)
             offset += size
         return Refs(ids, bytes(packed), base)
 
@@ -225,11 +283,13 @@ class Ring:
 
     def _error_of(self, record: int) -> ShmloaderError | None:
         """What an error record tells; None: it is not there (any more). Looked up by itself, so that it is pinned."""
-        packed, _, pins, _ = self.segment.get_many(array("Q", [record]), 0, None)
-        refs = Refs([record], packed, self.mapping, pins)
-        if refs.statuses()[0][0] != native.ERROR:
-            return None
-        return from_wire(json.loads(bytes(refs.record(0)).rstrip(b"\0")))
+        if self.is_guest:
+            data = copy_error(self.segment, self.mapping, record)
+        else:
+            packed, _, pins, _ = self.segment.get_many(array("Q", [record]), 0, None)
+            refs = Refs([record], packed, self.mapping, pins)
+            data = bytes(refs.record(0)) if refs.statuses()[0][0] == native.ERROR else None
+        return None if data is None else from_wire(json.loads(data.rstrip(b"\0")))
 
     def _chunk_error(self, row: int, chunk: int, describe: Callable[[int], str]) -> ShmloaderError:
         told = self._error_of(native.CHUNK_ERROR | chunk)
@@ -251,6 +311,7 @@ class Ring:
 
     def _timed_out(self, refs: Refs, waited_s: float, describe: Callable[[int], str]) -> WaitTimeoutError:
         missing = [row for row, (status, _) in zip(refs.ids, refs.statuses(), strict=True) if status == native.MISSING]
+        missing = missing or list(refs.ids)  # of a guest: what gives way again and again
         services = [pid for _, pid, role in self.segment.clients() if role == native.SERVICE]
         return WaitTimeoutError(
             f"{describe(missing[0])} did not arrive: for {waited_s:.1f} s no prefetch process made any progress "
@@ -261,8 +322,46 @@ class Ring:
         )
 
 
+class _Patience:
+    """Says whether a reader should wait on, between two looks."""
+
+    def __init__(
+        self, ring: Ring, timeout_s: float, on_tick: Callable[[], None] | None, describe: Callable[[int], str]
+    ) -> None:
+        self._ring, self._timeout_s, self._on_tick, self._describe = ring, timeout_s, on_tick, describe
+        self._progress, self._since = -1, time.monotonic()
+
+    def check(self, refs: Refs) -> None:
+        """Return if it should; ``refs``: as the last look found them. Raises as `Ring.get_many`."""
+        ring, now = self._ring, time.monotonic()
+        error = ring._fatal()
+        if error is not None:
+            raise error
+        if (moved := ring.segment.progress()) != self._progress:
+            self._progress, self._since = moved, now
+        elif now - self._since > self._timeout_s:
+            raise ring._timed_out(refs, now - self._since, self._describe)
+        ring.segment.reap(False)
+        if ring.role == native.WORKER and not ring.segment.count(native.OWNER):
+            raise ServiceError(
+                "The training process that this worker reads for is gone, or has closed the dataset", role="owner"
+            )
+        if self._on_tick is not None:
+            self._on_tick()
+
+
 def _has_bad(packed: bytes) -> bool:
     return any(memoryview(packed).cast("I")[6 :: native.REF_BYTES // 4].tolist())
+
+
+def _no_slot(role: int) -> RingError:
+    who = "training process" if role == native.OWNER else "prefetch process"
+    return RingError(
+        f"This {who} cannot enter the set: living processes have all {native.MAX_CLIENTS} slots of its table of "
+        "clients. Only a worker can read without one, since a set lives as long as those that own and serve it: end "
+        "workers of this dataset (fewer num_workers), or make a dataset of its own for this process.",
+        clients=native.MAX_CLIENTS,
+    )
 
 
 def _killer(row: int, describe: Callable[[int], str]) -> ServiceError:

@@ -12,7 +12,8 @@ class Stats:
     num_rows: samples of the dataset. samples_ready: of these in the ring. samples_bad: that could not be made.
     commits: samples decoded so far; where all fit the ring, each is once.
     decoding_s: seconds that all prefetchers together have spent making samples.
-    samples_read: handed to readers so far. fetched_bytes: encoded bytes taken from the source so far.
+    samples_read: handed to readers so far. guest_reads: of these to workers beyond the table of clients.
+    fetched_bytes: encoded bytes taken from the source so far.
     ring_bytes: the ring's size. transit_bytes: of it for samples that give way to others; 0 where all fit.
     ring_backed_bytes: of the ring backed by memory. ring_used_bytes: in records. encoded_bytes: of encoded chunks that
         the services keep beside the ring. spill_bytes, spill_used_bytes: those that they may keep on disk (0 where
@@ -31,6 +32,7 @@ class Stats:
     commits: int
     decoding_s: float
     samples_read: int
+    guest_reads: int
     fetched_bytes: int
     ring_bytes: int
     transit_bytes: int

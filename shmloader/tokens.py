@@ -64,13 +64,24 @@ class BatchRing:
         if budget_bytes is not None:
             native.format_batch(self.mapping, budget_bytes)
         self.ring = native.BatchRing(self.mapping, fd)
-        self.ring.register(native.WORKER if budget_bytes is None else native.OWNER)
+        self._role = native.WORKER if budget_bytes is None else native.OWNER
+        self._is_client = False
+        self._register()
         self.counters = Counters()
 
     def lease(self, num_bytes: int) -> Lease | None:
-        """A slot to fill, or None: none is free and the budget is used up. Worker only; never waits."""
+        """A slot to fill, or None: none is free and the budget is used up. Worker only; never waits.
+
+        None also for a worker beyond the batch ring's table of clients, as long as that is full.
+        """
+        if not self._is_client and not self._register():
+            return None
         slot = self.ring.acquire(num_bytes, MAX_SLOTS_PER_WORKER)
         return Lease(self, slot) if isinstance(slot, tuple) else None
+
+    def _register(self) -> bool:
+        self._is_client = self.ring.register(self._role) != native.CLIENTS
+        return self._is_client
 
 
 class Lease:

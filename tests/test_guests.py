@@ -392,6 +392,23 @@ def test_guests_and_clients_of_two_loaders_read_side_by_side(numbers_path: str) 
         del iterator, clients
 
 
+def test_a_guest_can_ask_for_stats_name_an_epoch_and_iterate_a_sampler(numbers_path: str) -> None:
+    with opened_full(numbers_path) as dataset:
+
+        def work() -> None:
+            assert dataset.stats().num_rows == NUM_ROWS
+            assert dataset._reader.attach().is_guest
+            dataset.set_epoch(3)
+            rows = list(dataset.sampler(seed=1))
+            assert sorted(rows) == EVERY_ROW
+            samples = dataset.__getitems__(rows[:20])
+            assert [int(sample["number"]) for sample in samples] == rows[:20]
+            dataset.close()
+            assert [int(sample["data"][0]) for sample in samples] == [row % 255 + 1 for row in rows[:20]]
+
+        assert join(in_child(work)) == 0
+
+
 def test_a_transform_of_a_guest_gets_its_samples(numbers_path: str) -> None:
     def transform(sample: dict[str, Any]) -> dict[str, Any]:
         return {"number": sample["number"] + 1000, "sum": sample["data"].sum()}

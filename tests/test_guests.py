@@ -355,7 +355,7 @@ def numbers_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 @contextmanager
 def opened_full(path: str, ring_bytes: Any = QUARTER, **arguments: Any) -> Iterator[Any]:
     """A dataset whose table has no slot for a worker."""
-    options = small_options(ring_bytes=ring_bytes, prefetchers=2)
+    options = small_options(ring_bytes=ring_bytes, prefetchers=2 if ring_bytes == QUARTER else 1)
     with opened(path, process=sized, options=options, **arguments) as dataset:
         if ring_bytes != QUARTER:  # prefetchers leave when all is there, and their slots with them
             wait_until(lambda: dataset.stats().samples_ready == NUM_ROWS and not dataset.stats().prefetchers)
@@ -427,7 +427,7 @@ def test_spawned_workers_can_be_guests(numbers_path: str) -> None:
 
 
 def test_prefetchers_that_are_killed_are_replaced_while_guests_wait_for_a_slot(numbers_path: str) -> None:
-    """The dead ones' slots are not for the guests, or the new ones would find none."""
+    """A guest may take a dead one's slot: there must be others for the new ones."""
     with opened_full(numbers_path) as dataset:
         batches = iter(DataLoader(dataset, 16, num_workers=2))
         rows = next(batches)["number"].tolist()
@@ -436,7 +436,7 @@ def test_prefetchers_that_are_killed_are_replaced_while_guests_wait_for_a_slot(n
             rows += next(batches)["number"].tolist()
         rows += [row for batch in batches for row in batch["number"].tolist()]
         assert rows == EVERY_ROW
-        assert dataset.stats().guest_reads == NUM_ROWS
+        assert dataset.stats().guest_reads > 0
 
 
 def test_workers_beyond_the_batch_ring_s_table_send_their_batches_as_bytes(numbers_path: str, tmp_path: Any) -> None:

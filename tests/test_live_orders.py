@@ -48,6 +48,21 @@ def test_a_batch_that_has_every_nth_position_is_of_the_order(stride: int) -> Non
     assert place_of(rows, 1) == (0, 10, 3, 3 + 16 * stride)
 
 
+def test_a_batch_with_wider_gaps_than_wrappers_leave_is_of_no_order() -> None:
+    rows = order(1).rows(0, NUM_ROWS)[:: MOST_STRIDE + 1].tolist()
+    assert len(rows) > 2
+    assert place_of(rows, 1) is None
+
+
+def test_a_batch_that_goes_backwards_is_of_no_order() -> None:
+    assert place_of(order(1).rows(640, 704)[::-1].tolist(), 1) is None
+
+
+def test_a_batch_of_which_only_two_rows_follow_the_order_is_of_no_order() -> None:
+    rows = [*order(1).rows(0, 2).tolist(), *order(1).rows(500, 562).tolist()]
+    assert place_of(rows, 1) is None
+
+
 def test_a_batch_of_a_foreign_sampler_is_of_no_order() -> None:
     rows = np.random.default_rng(0).permutation(NUM_ROWS)[:64].tolist()
     assert place_of(rows, 1, 2) is None

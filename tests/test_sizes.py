@@ -127,6 +127,11 @@ def test_a_sample_larger_than_the_ring_is_an_error_with_both_sizes() -> None:
     assert (caught.value.needed_bytes, caught.value.have_bytes) == (2_000_000, MIB)
 
 
+def test_a_sample_as_large_as_the_ring_is_not_too_large_but_twice_does_not_fit() -> None:
+    with pytest.raises(RingTooSmallError):
+        regions(MIB, most_record_bytes=MIB, in_flight=1, ahead=1)
+
+
 # ---- encoded chunks ------------------------------------------------------------------------------------
 
 

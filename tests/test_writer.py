@@ -220,6 +220,18 @@ def test_what_an_order_will_come_to_gives_way_only_to_what_is_urgent() -> None:
         assert look(writer, 5) == [native.ROW_TRANSIT]
 
 
+def test_what_is_urgent_takes_the_place_of_what_nobody_needs_before_that_of_what_an_order_will_come_to() -> None:
+    with ring_files(resident_bytes=0, transit_bytes=8192) as files:
+        writer, reader = writer_of(files), Ring(files, native.OWNER)
+        begun = reader.segment.order_begin(1, 0, 100, 0, 0, 1, False)
+        assert isinstance(begun, tuple)
+        put(writer, 0, bytes(4096), stamp=(*begun, 5))  # where a search begins
+        put(writer, 1, bytes(4096))
+        put(writer, 2, bytes(4096), urgent=True)
+        states = writer.ring.segment.look(array("Q", [0, 1, 2]), None)
+        assert list(states) == [native.ROW_TRANSIT, native.ROW_MISSING, native.ROW_TRANSIT]
+
+
 # ---- memory ----------------------------------------------------------------------------------------------
 
 

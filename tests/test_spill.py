@@ -27,6 +27,7 @@ from support_sets import (
     descriptors,
     kill,
     names,
+    number,
     prefetchers_of,
     ring_files,
     supervisor_of,
@@ -337,6 +338,22 @@ def test_of_a_hub_every_chunk_is_downloaded_once(tmp_path: Path, monkeypatch: py
             for _ in range(2):
                 assert sorted(labels_of(loader)) == EVERY_ROW
             assert (num_fetched(dataset), hub.num_bytes) == (fetched, sent)
+
+
+def test_a_stream_is_read_once_and_then_lies_on_disk(tmp_path: Path) -> None:
+    lines = [json.dumps({"number": i, "pad": "x" * 200}) for i in range(NUM_ROWS)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    options = small_options(ring_bytes=8192, window_bytes=4096, spill_bytes="16MiB", in_flight=16, ahead=8)
+    with opened(str(tmp_path), process=number, options=options) as dataset:
+        assert dataset.sources[0]["mode"] == "sequential"
+        for epoch in range(2):
+            assert sorted(numbers_of(foreign(dataset, epoch))) == EVERY_ROW
+        num_chunks, segment = len(dataset._reader.plan.source.chunks), dataset._reader.attach().segment
+        spilled = sum(segment.spill_find(i) is not None for i in range(num_chunks))
+        # So many were to stay while the size of the samples was not known, and are fetched once more at most.
+        to_stay = 8
+        assert spilled >= num_chunks - to_stay > 0
+        assert num_fetched(dataset) <= num_chunks + to_stay
 
 
 # ---- a disk that is full ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -324,6 +325,21 @@ def test_where_all_fits_nothing_is_spilled(pictures_path: str) -> None:
         assert dataset.stats().spill_used_bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("spill_bytes", "line"),
+    [
+        ("64MiB", "encoded chunks are kept on disk: up to 64 MiB, in "),
+        (0, "encoded chunks are not kept on disk: that is turned off (SHMLOADER_SPILL_BYTES is 0)"),
+    ],
+)
+def test_the_log_says_where_chunks_are_kept(
+    pictures_path: str, capfd: Any, monkeypatch: pytest.MonkeyPatch, spill_bytes: Any, line: str
+) -> None:
+    monkeypatch.setattr("shmloader.dataset._show_log", lambda level: None)  # only that of the services
+    with opened_small(pictures_path, spill_bytes=spill_bytes, log="INFO"):
+        assert capfd.readouterr().err.count(line) == 1
+
+
 def test_of_a_hub_every_chunk_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_pictures(tmp_path / "hub" / "org" / "pictures", NUM_ROWS, rows_per_chunk=CHUNK_ROWS)
     with serve(tmp_path / "hub") as hub:
@@ -376,8 +392,6 @@ with opened(sys.argv[1], options=options) as dataset:
 
 
 def test_when_the_disk_is_full_all_rows_are_delivered_and_it_is_told(tmp_path: Path, pictures_path: str) -> None:
-    import subprocess
-
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, timeout=20, check=False).returncode:
         pytest.skip("this process may not make a mount namespace (unshare --mount)")
     (tmp_path / "full.py").write_text(FULL_DISK)

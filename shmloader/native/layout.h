@@ -19,8 +19,8 @@
  * atomics of their own.
  *
  * TRUTH AND DERIVED STATE. A process can be killed between any two stores. So the truth is kept in few places,
- * each changed by one store that is made last (a descriptor's `state`, a chunk's `word`, a client's `state`),
- * and everything else under the mutex is derived: buckets and chains, the free and hole lists, head, counts.
+ * each changed by one store that is made last (a descriptor's `state`, a chunk's `word` or `spilled`, a client's
+ * `state`), and everything else under the mutex is derived: buckets and chains, the free and hole lists, head, counts.
  * `dirty` is 1 while derived state may disagree with the truth. Whoever gets the mutex with EOWNERDEAD and
  * finds it dirty builds all derived state again (table.c, shml_rebuild), which can itself be killed and begun
  * again. Until the kill the stores reached memory in program order as far as the compiler kept it (the

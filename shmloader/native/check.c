@@ -185,7 +185,7 @@ static void count_rows(shml_seg_t *seg, const shml_chunk_t *chunk, uint32_t *num
     shml_control_t *c = seg->control;
     *num_final = *num_stored = 0;
     *num_bytes = 0;
-    for (uint32_t i = 0; i < chunk->num_rows; i++) {
+    for (uint32_t i = 0; i < chunk->num_rows && chunk->first_row != UINT64_MAX; i++) {
         int status;
         const shml_desc_t *desc = shml_find(seg, chunk->first_row + i, &status);
         if (desc == NULL)
@@ -209,6 +209,8 @@ static int check_chunks(shml_seg_t *seg, const char **what)
         counts[state]++;
         MUST(state != SHML_CHUNK_CLAIMED || shml_is_active(c, shml_word_slot(word)), "a chunk is claimed by nobody");
         MUST(chunk->unit <= i, "a chunk's unit begins behind it");
+        MUST(!shml_is_open(c) || shml_open_place_is_good(c, i),
+             "a place has a chunk of another place, or what is no chunk");
         count_rows(seg, chunk, &num_final, &num_stored, &num_bytes);
         MUST(num_final == chunk->num_final && num_stored == chunk->num_stored && num_bytes == chunk->resident_bytes,
              "a chunk's count of rows is wrong");

@@ -64,6 +64,15 @@ int shml_open_place_is_good(shml_control_t *c, uint32_t index)
 
 /* ------------------------------------------------ places ---------------------------------------------- */
 
+int shml_open_is_spent(shml_control_t *c, uint32_t index)
+{
+    uint64_t first = shml_chunks(c)[index].first_row;
+    if (first == NOBODYS || shml_row_comes(c, first) != SHML_ROW_COMES)
+        return 1;
+    return (first & SHML_MAX_POSITION) + c->rows_per_chunk <=
+           shml_order_table(c)[order_part(first) % SHML_MAX_ORDERS].low_water;
+}
+
 static int is_in_use(shml_control_t *c, const shml_desc_t *desc)
 {
     return desc != NULL && (desc->state == SHML_DESC_RESERVED || shml_is_pinned(c, (uint32_t)(desc - shml_descs(c))));
@@ -114,15 +123,14 @@ static int vacate(shml_seg_t *seg, uint32_t index)
     return SHML_OK;
 }
 
-/* Give the place to the chunk that begins with row `first` of `order`. */
-static int give_place(shml_seg_t *seg, uint32_t index, uint64_t first, const shml_order_t *order)
+/* Give the place to the chunk that begins with row `first`. */
+static int give_place(shml_seg_t *seg, uint32_t index, uint64_t first)
 {
     shml_control_t *c = seg->control;
     shml_chunk_t *place = &shml_chunks(c)[index];
     if (shml_chunk_unit_is_taken(c, index, (uint32_t)seg->self))
         return SHML_E_STALE;
-    uint64_t end = (place->first_row & SHML_MAX_POSITION) + c->rows_per_chunk;
-    if (place->first_row != NOBODYS && order_part(place->first_row) == order_part(first) && end > order->low_water)
+    if (!shml_open_is_spent(c, index))
         return SHML_E_FULL;
     uint32_t was = shml_begin_change(c);
     SHML_FP("open.give.dirty");
@@ -152,7 +160,7 @@ static int claim_locked(shml_seg_t *seg, uint32_t slot, uint32_t gen, uint64_t n
     uint64_t first = shml_open_id(slot, gen, begin);
     int status = SHML_OK;
     if (shml_chunks(c)[*chunk].first_row != first)
-        status = give_place(seg, *chunk, first, order);
+        status = give_place(seg, *chunk, first);
     return status == SHML_OK ? shml_chunk_take(seg, *chunk) : status;
 }
 

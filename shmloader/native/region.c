@@ -39,14 +39,22 @@ int shml_is_pinned(shml_control_t *c, uint32_t index)
 #endif
 }
 
+/* In an open set chunks go, and nobody asks any more why they broke. */
+static int is_error_spent(shml_control_t *c, uint64_t id)
+{
+    return id - SHML_CHUNK_ERROR < c->num_chunks && shml_open_is_spent(c, (uint32_t)(id - SHML_CHUNK_ERROR));
+}
+
 int shml_is_evictable(shml_control_t *c, uint32_t index, int urgent)
 {
     const shml_desc_t *desc = &shml_descs(c)[index];
     if (desc->state == SHML_DESC_HOLE)
         return 1;
-    if (!shml_is_there(desc->state) || desc->id >= SHML_CHUNK_ERROR)
+    if (!shml_is_there(desc->state))
         return 0;
-    if (!shml_is_sample(desc->id)) {
+    if (desc->id >= SHML_CHUNK_ERROR && !(shml_is_open(c) && is_error_spent(c, desc->id)))
+        return 0;
+    if (!shml_is_sample(desc->id) && desc->id < SHML_CHUNK_ERROR) {
         uint64_t chunk = desc->id - SHML_RAW;
         uint32_t word = chunk < c->num_chunks ? shml_chunks(c)[chunk].word : 0;
         if ((word & SHML_CHUNK_STAYS) && shml_word_state(word) <= SHML_CHUNK_CLAIMED)

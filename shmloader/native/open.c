@@ -83,7 +83,7 @@ static int forget_rows(shml_seg_t *seg, const shml_chunk_t *place)
 {
     shml_control_t *c = seg->control;
     int status = SHML_OK;
-    for (uint32_t i = 0; i < place->num_rows && status == SHML_OK; i++) {
+    for (uint32_t i = 0; i < c->rows_per_chunk && status == SHML_OK; i++) {
         const shml_desc_t *desc = shml_find(seg, place->first_row + i, &status);
         if (desc != NULL && (desc->state == SHML_DESC_SUSPECT || desc->state == SHML_DESC_ASIDE))
             status = shml_row_forget(seg, (uint32_t)(desc - shml_descs(c)));

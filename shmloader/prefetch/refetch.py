@@ -13,11 +13,14 @@ TELL_AFTER = 32
 
 
 class Refetches:
-    """What one prefetcher fetches on demand, while readers follow no order that is known. name: of the source."""
+    """What one prefetcher fetches on demand, while readers follow no order that is known. name: of the source.
+
+    num_chunks: 0 in an open set, whose readers all follow an order.
+    """
 
     def __init__(self, segment: native.Segment, name: str, num_rows: int, num_chunks: int) -> None:
         self._segment, self._name = segment, name
-        self._mean_rows = num_rows / num_chunks
+        self._mean_rows = num_rows / max(num_chunks, 1)
         self._seen = np.zeros(num_chunks, bool)
         self._is_told = False
         self._forget()
@@ -29,6 +32,8 @@ class Refetches:
 
     def note(self, chunk: int, urgent: bool) -> None:
         """``chunk`` was fetched; urgent: somebody waits for it. Tells it, once in a set, if that is too often."""
+        if not len(self._seen):
+            return
         is_again, self._seen[chunk] = bool(self._seen[chunk]), True
         if self._is_told or not urgent or not is_again or self._segment.num_orders():
             return

@@ -191,6 +191,21 @@ static void places_are_used_again_behind_the_readers(void)
     check_stage(writer);
 }
 
+/* The place of a chunk that nobody has fetched yet waits for it: else a chunk further on would have it, and wait for rows
+ * that never come. */
+static void a_chunk_ahead_does_not_take_a_place_that_is_needed_before(void)
+{
+    new_cast();
+    uint32_t chunk;
+    shml_order_info_t order = join(reader, 1, 0, 1);
+    CHECK_EQ(claim_open(writer, &order, PLACES, &chunk), SHML_E_FULL);
+    consume_to(reader, &order, ROWS + 1);
+    (void)fetch(writer, &order, PLACES);
+    CHECK_EQ(claim_open(writer, &order, PLACES + 1, &chunk), SHML_E_FULL);
+    (void)fetch(writer, &order, 1);
+    check_stage(writer);
+}
+
 static void what_belonged_to_a_chunk_goes_with_it(void)
 {
     new_cast();
@@ -690,8 +705,8 @@ static void damage_of_places_is_found(void)
 
 TEST_MAIN(TEST(an_open_set_is_made_as_told_or_refused), TEST(each_kind_of_set_has_its_own_claim),
           TEST(ids_tell_their_chunks), TEST(places_are_used_again_behind_the_readers),
-          TEST(what_belonged_to_a_chunk_goes_with_it), TEST(a_place_in_use_is_not_given_away),
-          TEST(claims_of_open_chunks_are_told_as_those_of_closed_ones),
+          TEST(a_chunk_ahead_does_not_take_a_place_that_is_needed_before), TEST(what_belonged_to_a_chunk_goes_with_it),
+          TEST(a_place_in_use_is_not_given_away), TEST(claims_of_open_chunks_are_told_as_those_of_closed_ones),
           TEST(an_iteration_has_one_client_that_reads_its_stream), TEST(a_new_iteration_takes_the_places_of_the_last),
           TEST(there_is_nothing_beyond_the_end), TEST(a_chunk_beyond_the_end_is_not_wanted),
           TEST(rows_of_ended_orders_are_nobodys_work), TEST(the_end_wakes_who_waits_beyond_it),

@@ -157,6 +157,9 @@ static int claim_locked(shml_seg_t *seg, uint32_t slot, uint32_t gen, uint64_t n
     if (number > SHML_MAX_POSITION / rows || begin + rows > SHML_MAX_POSITION + 1 || begin >= order->num_positions ||
         begin + rows <= order->low_water)
         return SHML_E_NOTFOUND;
+    /* The place is for one that is read before, fetched or not: else it would never have any. */
+    if (number >= order->low_water / rows + c->chunks_per_order)
+        return SHML_E_FULL;
     uint64_t first = shml_open_id(slot, gen, begin);
     int status = SHML_OK;
     if (shml_chunks(c)[*chunk].first_row != first)

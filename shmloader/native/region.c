@@ -219,9 +219,14 @@ static int evict_some(shml_seg_t *seg, uint32_t max, int urgent)
     shml_control_t *c = seg->control;
     shml_region_t *r = &c->regions[SHML_TRANSIT];
     const shml_desc_t *descs = shml_descs(c);
-    uint32_t before = r->cursor, steps = 0;
+    uint32_t steps = 0;
+    shml_search_t search = {0};
+    if (r->cursor > c->num_descs)
+        return SHML_POISON(seg);
+    stop_at(c, &search, r->cursor);
+    uint32_t before = search.before != 0 && is_still_there(c, r, &search) ? search.before : 0;
     for (int lap = 0; lap < 2; lap++, before = 0) {
-        while (max > 0 && before <= c->num_descs) {
+        while (max > 0) {
             uint32_t at = before != 0 ? descs[before - 1].after : r->first;
             if (at == 0)
                 break;

@@ -352,8 +352,8 @@ static inline uint64_t shml_open_id(uint32_t slot, uint32_t gen, uint64_t positi
  * *chunk, and claim it as shml_chunk_claim does. What had the place goes, with all that belongs to it: the raw and the
  * error record, rows that are suspect or aside. EXISTS: its raw record is there. STALE: no such living order, or another
  * client has the chunk, or reads the order's stream. NOTFOUND: it is done, broken, wholly consumed, or at the end. FULL:
- * the place is in use: by a chunk of this order that is not consumed, by who fetches another, by a record of it that is
- * pinned or being written. */
+ * the place is in use: by a chunk of this order that is not consumed (and be it still to be fetched), by who fetches
+ * another, by a record of it that is pinned or being written. */
 int shml_chunk_claim_open(shml_seg_t *seg, uint32_t slot, uint32_t gen, uint64_t number, uint32_t *chunk);
 /* The id of the first row of the chunk that has this place now, UINT64_MAX: none. While the place's raw record is pinned it
  * stays so: pin, then compare. */

@@ -181,7 +181,7 @@ typedef struct shml_ticket { /* a reservation; only the reserving process may wr
 } shml_ticket_t;
 
 /* Ids from SHML_RAW up are not samples: SHML_RAW | chunk is an encoded chunk (in the raw region), and
- * SHML_CHUNK_ERROR | chunk is the JSON of why a chunk is broken (never evicted). */
+ * SHML_CHUNK_ERROR | chunk is the JSON of why a chunk is broken (never evicted; in open sets while its rows may be read). */
 #define SHML_RAW         (UINT64_C(1) << 62)
 #define SHML_CHUNK_ERROR (UINT64_C(1) << 63)
 
@@ -214,8 +214,9 @@ typedef struct shml_stamp {
 /* Take rows to decode: got[i] = 1 where ids[i] is nowhere yet and now is this client's (CLAIMED), else 0. A row over
  * which a client died (SUSPECT) is only had alone (n == 1), so that it can take no others with it. A claim ends with
  * shml_commit, shml_abort, shml_unclaim_rows or this client's death, which makes the row SUSPECT, and after
- * SHML_MAX_ATTEMPTS deaths sets it ASIDE. Rows of broken chunks are not had. INVAL: an id is none of a row; FULL: there
- * is no descriptor left (got tells what was claimed all the same). */
+ * SHML_MAX_ATTEMPTS deaths sets it ASIDE. Rows of broken chunks are not had, nor in open sets what will not come. INVAL: an id
+ * is none of a row; FULL: there is no descriptor left, and nothing gives way to the row (got tells what was claimed all the
+ * same). */
 int shml_claim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint8_t *got);
 int shml_unclaim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n); /* those that still are CLAIMED by us */
 

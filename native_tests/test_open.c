@@ -191,8 +191,8 @@ static void places_are_used_again_behind_the_readers(void)
     check_stage(writer);
 }
 
-/* The place of a chunk that nobody has fetched yet waits for it: else a chunk further on would have it, and wait for rows
- * that never come. */
+/* The place of a chunk that nobody has fetched yet waits for it: else a chunk further on would have it, and wait for
+ * rows that never come. */
 static void a_chunk_ahead_does_not_take_a_place_that_is_needed_before(void)
 {
     new_cast();

@@ -1,5 +1,5 @@
-/* Open sets and joined orders: whatever a client does there, killed at any failpoint, the others go on, and a second kill
- * in their recovery changes nothing. What closed sets have as well is in crash.c. */
+/* Open sets and joined orders: whatever a client does there, killed at any failpoint, the others go on, and a second
+ * kill in their recovery changes nothing. What closed sets have as well is in crash.c. */
 #define _GNU_SOURCE
 #include <sys/mman.h>
 
@@ -10,8 +10,8 @@
 #include "segment.h"
 #include "snapshot.h"
 
-/* ACTOR is killed; FIRST and SECOND survive the first and the second kill; OWNER is what all read for; READER waits; OTHER
- * lives and has something of everything; DEAD died before. */
+/* ACTOR is killed; FIRST and SECOND survive the first and the second kill; OWNER is what all read for; READER waits;
+ * OTHER lives and has something of everything; DEAD died before. */
 enum { ACTOR, FIRST, SECOND, OWNER, READER, OTHER, DEAD, NUM_CLIENTS };
 #define UNKNOWN    SHML_MAX_POSITION
 #define NUM_DESCS  96u /* more are never used */
@@ -135,9 +135,9 @@ static void new_worlds(void)
     }
 }
 
-/* `stream` is consumed below position 4. Its chunk 0, which nobody needs any more, has encoded rows, an error, a row that is
- * there, one over which somebody died and one that is aside. Chunk 1 has encoded rows, which OTHER has pinned, and row 4,
- * which READER has found; it waits for 5. OTHER fetches chunk 0 of a stream of its own. */
+/* `stream` is consumed below position 4. Its chunk 0, which nobody needs any more, has encoded rows, an error, a row
+ * that is there, one over which somebody died and one that is aside. Chunk 1 has encoded rows, which OTHER has pinned,
+ * and row 4, which READER has found; it waits for 5. OTHER fetches chunk 0 of a stream of its own. */
 static void new_segment(void)
 {
     new_worlds();
@@ -342,7 +342,7 @@ static void claim_without_descriptors(void)
     CHECK(stats_of(&seg).num_evicted > 0);
 }
 
-/* DEAD is a stream's only reader, fetches it and decodes it, also a row whose chunk has gone; and reads in another's. */
+/* DEAD is a stream's only reader, fetches it and decodes it, also a row without a chunk; and reads in another's. */
 static void reap_the_dead(void)
 {
     shml_seg_t seg = segment(ACTOR), dead = segment(DEAD);

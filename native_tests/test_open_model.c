@@ -1,6 +1,6 @@
-/* Random iterations over streams of an open set: readers that come, read, leave and die, services that fetch, decode and
- * die, several streams at once. Every position of a stream is delivered to its reader once, with the bytes that were
- * written for it. One process stands in for all. */
+/* Random iterations over streams of an open set: readers that come, read, leave and die, services that fetch, decode
+ * and die, several streams at once. Every position of a stream is delivered to its reader once, with the bytes that
+ * were written for it. One process stands in for all. */
 #define _GNU_SOURCE
 #include "transit.h"
 

@@ -457,7 +457,7 @@ static PyObject *segment_claim_rows(Segment *self, PyObject *object)
     if (got != NULL) {
         uint8_t *out = (uint8_t *)PyBytes_AsString(got);
         CALL(shml_claim_rows(&self->seg, ids.buf, n, out));
-        /* FULL: there is no descriptor for the rest now. It was not had, as what another has, and is asked for again. */
+        /* FULL: there is no descriptor for the rest now. It was not had, and is asked for again. */
         if (status < 0 && status != SHML_E_FULL) {
             Py_CLEAR(got);
             raise_on(&self->seg, status, "claim_rows");

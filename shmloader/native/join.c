@@ -1,11 +1,11 @@
 /* join.c - joined orders: one iteration of a dataset, which several readers share out among themselves.
  *
- * Reader r reads the positions r, r + num_readers, ...; the first to come begins the order. It is owned by the client that
- * all of them read for, so that it outlives who came first, and lives as long as one of its readers has a mark: a mark is
- * a membership. Until all have joined its low-water mark is 0, since who is still to come begins at the front.
+ * Reader r reads the positions r, r + num_readers, ...; the first to come begins the order. It is owned by the client
+ * that all of them read for, so that it outlives who came first, and lives as long as one of its readers has a mark: a
+ * mark is a membership. Until all have joined its low-water mark is 0, since who is still to come begins at the front.
  *
- * Truth: the bits `joined` and the marks. The order is LIVE with both already stored, so that no joined order ever lives
- * without a mark but in the bracket that ends it.
+ * Truth: the bits `joined` and the marks. The order is LIVE with both already stored, so that no joined order ever
+ * lives without a mark but in the bracket that ends it.
  *
  * A kill ...                                leaves ...                               repaired by
  *   in beginning, before LIVE               a FREE order                             nothing to repair

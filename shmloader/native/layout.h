@@ -88,8 +88,8 @@ _Static_assert(sizeof(struct shml_client) == 64, "a client is a cache line");
 enum { SHML_CHUNK_TODO = 0, SHML_CHUNK_CLAIMED = 1, SHML_CHUNK_DONE = 2, SHML_CHUNK_BROKEN = 3 };
 
 /* Rows [first_row, first_row + num_rows) of the source. `word` is the truth: state in bits 0-3, STAYS in bit 4, deaths
- * of claimants in bits 8-15, the claimant's slot in bits 16-31; one store changes all. In an open set a place, which one
- * chunk of a stream has after the other (open.c): then `first_row` is truth as well. */
+ * of claimants in bits 8-15, the claimant's slot in bits 16-31; one store changes all. In an open set a place, which
+ * one chunk of a stream has after the other (open.c): then `first_row` is truth as well. */
 typedef struct shml_chunk {
     uint64_t first_row; /* written by format only; open sets: an id, by claim_open under the mutex; UINT64_MAX: none */
     uint32_t num_rows;  /* written by format only */
@@ -144,10 +144,10 @@ typedef struct shml_order {
     uint32_t num_readers; /* of a joined order; 0: begun by a sampler */
     uint64_t seed, epoch;
     uint64_t num_positions; /* truth; who finishes a joined order lowers it */
-    uint64_t
-        low_water; /* derived: the least mark of living clients that have one; where it was while nobody has; joined:
-                         * 0 until all readers have joined */
-    uint64_t key;  /* of a joined order */
+    /* Derived: the least mark of living clients that have one, where it was while nobody has; joined: 0 until all
+     * readers have joined. */
+    uint64_t low_water;
+    uint64_t key;                           /* of a joined order */
     uint64_t joined[SHML_MAX_READERS / 64]; /* truth: bit `reader` is 1 once that reader has joined, and stays so */
     uint32_t is_finished;                   /* num_positions was told by who came to the stream's end */
     uint32_t reserved[5];
@@ -368,8 +368,8 @@ int shml_row_forget(shml_seg_t *seg, uint32_t index); /* a row without a block i
 void shml_chunk_release(shml_seg_t *seg, uint32_t slot, int is_own_death);
 int32_t shml_chunk_of(shml_control_t *c, uint64_t id); /* -1: none */
 int shml_chunk_take(shml_seg_t *seg, uint32_t chunk);  /* shml_chunk_claim, with the mutex */
-int shml_chunk_unit_is_taken(shml_control_t *c, uint32_t chunk,
-                             uint32_t slot);            /* by another than the client in `slot` */
+/* By another than the client in `slot`. */
+int shml_chunk_unit_is_taken(shml_control_t *c, uint32_t chunk, uint32_t slot);
 void shml_chunk_renew(shml_seg_t *seg, uint32_t chunk); /* TODO, nobody has died over it */
 uint64_t shml_chunk_promise(const shml_chunk_t *chunk); /* what of promised_rows is its */
 /* Have the chunk's rows STAY, if resident is not promised away; whether they do. */

@@ -1,19 +1,20 @@
 /* open.c - open sets: chunks of streams whose end is not known, in a fixed number of places.
  *
- * In a closed set each row of the source has its number, and each chunk its rows, for ever. Here a row is a position of one
- * iteration: its id is made of the order's slot and generation and the position. Each order slot has chunks_per_order
- * places; chunk `number` of the order's stream (rows_per_chunk positions) has place number % chunks_per_order, as long as
- * that place's `first_row` is the id of its first row. So an id tells the place, and the place whether it is still, or
- * already, that chunk's. All else (the word, the raw record SHML_RAW | place, the error record) is as in a closed set.
+ * In a closed set each row of the source has its number, and each chunk its rows, for ever. Here a row is a position of
+ * one iteration: its id is made of the order's slot and generation and the position. Each order slot has
+ * chunks_per_order places; chunk `number` of the order's stream (rows_per_chunk positions) has place number %
+ * chunks_per_order, as long as that place's `first_row` is the id of its first row. So an id tells the place, and the
+ * place whether it is still, or already, that chunk's. All else (the word, the raw record SHML_RAW | place, the error
+ * record) is as in a closed set.
  *
  * shml_chunk_claim_open gives a place away, in the section that claims it. What must not go is told at vacate().
  *
- * A generation has 16 bits in an id, so ids come again after 65536 orders in one slot: then what is left of the old one is
- * taken out before the order begins (shml_open_renew).
+ * A generation has 16 bits in an id, so ids come again after 65536 orders in one slot: then what is left of the old one
+ * is taken out before the order begins (shml_open_renew).
  *
  * SUSPECT and ASIDE rows have no block that somebody else could take: they are only where their chunk has its place, go
- * with it (vacate), and are not made without (shml_desc_lose). Other rows of a chunk that has lost its place are evicted
- * as any others, no living order being in need of them.
+ * with it (vacate), and are not made without (shml_desc_lose). Other rows of a chunk that has lost its place are
+ * evicted as any others, no living order being in need of them.
  *
  * A kill ...                                leaves ...                                     repaired by
  *   in vacating, after the word             the old chunk, to do again; nobody reads it    whoever claims there next
@@ -26,6 +27,7 @@
 #include "layout.h"
 
 #define NOBODYS UINT64_MAX
+_Static_assert(SHML_MAX_ORDERS == 1u << 6, "an id has 6 bits of slot");
 
 /* Of which order an id is: its slot and the low bits of its generation. */
 static uint64_t order_part(uint64_t id) { return id >> SHML_POSITION_BITS; }
@@ -92,8 +94,8 @@ static int forget_rows(shml_seg_t *seg, const shml_chunk_t *place)
     return status;
 }
 
-/* Make a place nobody's; what belonged to its chunk goes. FULL: somebody fetches the chunk, reads its encoded rows or writes
- * them. Whether the chunk itself is still needed the caller knows. In a bracket. */
+/* Make a place nobody's; what belonged to its chunk goes. FULL: somebody fetches the chunk, reads its encoded rows or
+ * writes them. Whether the chunk itself is still needed the caller knows. In a bracket. */
 static int vacate(shml_seg_t *seg, uint32_t index)
 {
     shml_control_t *c = seg->control;
@@ -194,8 +196,8 @@ int shml_chunk_first(shml_seg_t *seg, uint32_t chunk, uint64_t *first_row)
 
 /* ------------------------------------------------ orders ---------------------------------------------- */
 
-/* Take out what is left of an order that had the same slot and the same low bits of the generation, 65536 orders ago. FULL:
- * something of it is in use. */
+/* Take out what is left of an order that had the same slot and the same low bits of the generation, 65536 orders ago.
+ * FULL: something of it is in use. */
 static int take_out_old(shml_seg_t *seg, uint32_t slot, uint64_t part)
 {
     shml_control_t *c = seg->control;

@@ -109,7 +109,7 @@ int shml_order_fill(shml_seg_t *seg, const shml_order_info_t *order, int32_t own
     shml_order_t *o = &shml_order_table(c)[slot];
     uint32_t gen = o->gen;
     int status;
-    do /* of a generation whose low bits come again something may be in use still: one for each client, or little more */
+    do /* of a generation whose low bits come again something may still be in use: by one client or another */
         status = shml_open_renew(seg, slot, ++gen);
     while (status == SHML_E_FULL && gen - o->gen < SHML_MAX_CLIENTS);
     if (status != SHML_OK)

@@ -125,8 +125,8 @@ uint64_t shml_control_bytes(const shml_config_t *config);
 
 /* Make a segment in `control` (zeroed, shml_control_bytes long). Chunks are given as arrays of
  * config->num_chunks first rows (ascending, contiguous), row counts and units: units[i] is the index of the first
- * chunk of i's unit (ascending), whose chunks one client reads one after the other. An open set has none of these (NULL).
- * The magic is stored last, so whoever attaches early gets SHML_E_LAYOUT. */
+ * chunk of i's unit (ascending), whose chunks one client reads one after the other. An open set has none of these
+ * (NULL). The magic is stored last, so whoever attaches early gets SHML_E_LAYOUT. */
 int shml_control_format(void *control, uint64_t bytes, const shml_config_t *config, const uint64_t *first_rows,
                         const uint32_t *num_rows, const uint32_t *units);
 
@@ -181,7 +181,8 @@ typedef struct shml_ticket { /* a reservation; only the reserving process may wr
 } shml_ticket_t;
 
 /* Ids from SHML_RAW up are not samples: SHML_RAW | chunk is an encoded chunk (in the raw region), and
- * SHML_CHUNK_ERROR | chunk is the JSON of why a chunk is broken (never evicted; in open sets while its rows may be read). */
+ * SHML_CHUNK_ERROR | chunk is the JSON of why a chunk is broken (never evicted; in open sets while its rows may be
+ * read). */
 #define SHML_RAW         (UINT64_C(1) << 62)
 #define SHML_CHUNK_ERROR (UINT64_C(1) << 63)
 
@@ -214,9 +215,9 @@ typedef struct shml_stamp {
 /* Take rows to decode: got[i] = 1 where ids[i] is nowhere yet and now is this client's (CLAIMED), else 0. A row over
  * which a client died (SUSPECT) is only had alone (n == 1), so that it can take no others with it. A claim ends with
  * shml_commit, shml_abort, shml_unclaim_rows or this client's death, which makes the row SUSPECT, and after
- * SHML_MAX_ATTEMPTS deaths sets it ASIDE. Rows of broken chunks are not had, nor in open sets what will not come. INVAL: an id
- * is none of a row; FULL: there is no descriptor left, and nothing gives way to the row (got tells what was claimed all the
- * same). */
+ * SHML_MAX_ATTEMPTS deaths sets it ASIDE. Rows of broken chunks are not had, nor in open sets what will not come.
+ * INVAL: an id is none of a row; FULL: there is no descriptor left, and nothing gives way to the row (got tells what
+ * was claimed all the same). */
 int shml_claim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint8_t *got);
 int shml_unclaim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n); /* those that still are CLAIMED by us */
 
@@ -341,8 +342,9 @@ int shml_row_chunks(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint32_t *
 /* ---------------------------------------------------------------------------------------------------- *
  * Open sets (open.c): streams whose end is not known
  * ---------------------------------------------------------------------------------------------------- */
-/* A row is a position of one order: SHML_POSITION_BITS of position, 6 bits of the order's slot, 16 of its generation. Of
- * an order that does not live it is MISSING and nobody makes it; at or beyond the order's num_positions it is at the END. */
+/* A row is a position of one order: SHML_POSITION_BITS of position, 6 bits of the order's slot, 16 of its generation.
+ * Of an order that does not live it is MISSING and nobody makes it; at or beyond the order's num_positions it is at the
+ * END. */
 #define SHML_POSITION_BITS 40u
 #define SHML_MAX_POSITION  ((UINT64_C(1) << SHML_POSITION_BITS) - 1) /* also num_positions where the end is not known */
 static inline uint64_t shml_open_id(uint32_t slot, uint32_t gen, uint64_t position)
@@ -351,13 +353,13 @@ static inline uint64_t shml_open_id(uint32_t slot, uint32_t gen, uint64_t positi
 }
 /* Give chunk `number` (the rows from position number * rows_per_chunk on) of a living order its place, whose index is
  * *chunk, and claim it as shml_chunk_claim does. What had the place goes, with all that belongs to it: the raw and the
- * error record, rows that are suspect or aside. EXISTS: its raw record is there. STALE: no such living order, or another
- * client has the chunk, or reads the order's stream. NOTFOUND: it is done, broken, wholly consumed, or at the end. FULL:
- * the place is in use: by a chunk of this order that is not consumed (and be it still to be fetched), by who fetches
- * another, by a record of it that is pinned or being written. */
+ * error record, rows that are suspect or aside. EXISTS: its raw record is there. STALE: no such living order, or
+ * another client has the chunk, or reads the order's stream. NOTFOUND: it is done, broken, wholly consumed, or at the
+ * end. FULL: the place is in use: by a chunk of this order that is not consumed (and be it still to be fetched), by who
+ * fetches another, by a record of it that is pinned or being written. */
 int shml_chunk_claim_open(shml_seg_t *seg, uint32_t slot, uint32_t gen, uint64_t number, uint32_t *chunk);
-/* The id of the first row of the chunk that has this place now, UINT64_MAX: none. While the place's raw record is pinned it
- * stays so: pin, then compare. */
+/* The id of the first row of the chunk that has this place now, UINT64_MAX: none. While the place's raw record is
+ * pinned it stays so: pin, then compare. */
 int shml_chunk_first(shml_seg_t *seg, uint32_t chunk, uint64_t *first_row);
 
 /* ---------------------------------------------------------------------------------------------------- *
@@ -378,7 +380,7 @@ typedef struct shml_order_info {
 int shml_order_begin(shml_seg_t *seg, shml_order_info_t *order);
 int shml_order_end(shml_seg_t *seg, uint32_t slot, uint32_t gen); /* STALE: it has ended */
 
-/* A joined order is one that `num_readers` clients share out: reader r of it reads the positions r, r + num_readers, ... */
+/* A joined order is one that `num_readers` clients share out: reader r reads the positions r, r + num_readers, ... */
 typedef struct shml_join {
     uint64_t key; /* which order: the readers of one have the same */
     uint32_t reader, num_readers;
@@ -386,15 +388,15 @@ typedef struct shml_join {
     uint32_t owner_gen;
 } shml_join_t;
 /* Join the order with this key, num_readers and owner that lives and lacks this reader; if there is none, begin it with
- * order's seed, epoch, num_positions, kind. This client's mark is then `reader`: the first position that it has to read.
- * *order: as the order lives. Until all readers have joined its low-water mark is 0; it ends when the last that has joined
- * has left it or is gone. FULL: SHML_MAX_ORDERS live. INVAL: no such reader, the owner does not live, or this client reads
- * in it already (as another reader). */
+ * order's seed, epoch, num_positions, kind. This client's mark is then `reader`: the first position that it has to
+ * read. *order: as the order lives. Until all readers have joined its low-water mark is 0; it ends when the last that
+ * has joined has left it or is gone. FULL: SHML_MAX_ORDERS live. INVAL: no such reader, the owner does not live, or
+ * this client reads in it already (as another reader). */
 int shml_order_join(shml_seg_t *seg, const shml_join_t *join, shml_order_info_t *order);
 int shml_order_leave(shml_seg_t *seg, uint32_t slot,
                      uint32_t gen); /* STALE: this client does not read in it (any more) */
-/* Services: the stream has ended after so many positions, or fewer if that was known. Wakes who waits for what is beyond.
- * STALE: no such joined order lives. */
+/* Services: the stream has ended after so many positions, or fewer if that was known. Wakes who waits for what is
+ * beyond. STALE: no such joined order lives. */
 int shml_order_finish(shml_seg_t *seg, uint32_t slot, uint32_t gen, uint64_t num_positions);
 /* The living orders; at most `max`; returns how many. shml_num_orders: a guess without the mutex. */
 int shml_orders(shml_seg_t *seg, shml_order_info_t *orders, uint32_t max);

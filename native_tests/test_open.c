@@ -656,6 +656,23 @@ static void generations_in_use_are_passed_over(void)
     check_stage(writer);
 }
 
+/* The ids of one position in many iterations are not all in one chain of the index. */
+static void ids_of_many_iterations_are_spread(void)
+{
+    new_cast();
+    uint32_t longest = 0;
+    for (uint32_t gen = 1; gen <= 32; gen++)
+        (void)put(writer, shml_open_id(gen % 8, gen, 3), 64);
+    for (uint32_t b = 0; b < stage.control->num_buckets; b++) {
+        uint32_t num_linked = 0;
+        for (uint32_t at = shml_buckets(stage.control)[b]; at != 0; at = shml_descs(stage.control)[at - 1].next)
+            num_linked++;
+        longest = num_linked > longest ? num_linked : longest;
+    }
+    CHECK(longest <= 4);
+    check_stage(writer);
+}
+
 static void a_rebuild_finds_open_sets_again(void)
 {
     new_cast();
@@ -716,5 +733,5 @@ TEST_MAIN(TEST(an_open_set_is_made_as_told_or_refused), TEST(each_kind_of_set_ha
           TEST(without_descriptors_rows_give_way_to_encoded_ones),
           TEST(without_descriptors_what_is_ahead_gives_way_to_what_is_awaited),
           TEST(without_descriptors_pinned_rows_stay), TEST(generations_come_again_without_their_rows),
-          TEST(generations_in_use_are_passed_over), TEST(a_rebuild_finds_open_sets_again),
-          TEST(damage_of_places_is_found))
+          TEST(generations_in_use_are_passed_over), TEST(ids_of_many_iterations_are_spread),
+          TEST(a_rebuild_finds_open_sets_again), TEST(damage_of_places_is_found))

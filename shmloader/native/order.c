@@ -76,7 +76,7 @@ void shml_mark_store(shml_seg_t *seg, uint32_t index, uint32_t slot, uint64_t va
     SHML_FP("order.mark.low_water");
     if (low_water > before)
         set_read(c, index, before, low_water, 1, 0);
-    if (order->num_readers > 0 && !shml_has_marks(c, index))
+    if (value == 0 && order->num_readers > 0 && !shml_has_marks(c, index))
         shml_order_stop(seg, index);
     shml_end_change(c, was);
     if (low_water > before)

@@ -310,7 +310,8 @@ int shml_count_reads(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint32_t 
 #define SHML_CHUNK_HAS_RAW 0x20u /* its encoded rows are in the raw region */
 int shml_chunk_look(shml_seg_t *seg, const uint32_t *chunks, uint32_t n, uint8_t *states);
 /* Take a chunk to fetch. Decides whether its rows STAY: while the resident region is not promised away.
- * EXISTS: its raw record is there. STALE: another has it, or reads its unit. NOTFOUND: it is done or broken. */
+ * EXISTS: its raw record is there. STALE: another has it, or reads its unit. NOTFOUND: it is done or broken. INVAL: no
+ * such chunk, or an open set (shml_chunk_claim_open). */
 int shml_chunk_claim(shml_seg_t *seg, uint32_t chunk);
 /* The claim's end: fetched (its raw record is committed), given up for now (0), or it cannot be read (broken: the JSON
  * of the reason is record SHML_CHUNK_ERROR | chunk, if there was room). A chunk becomes DONE by itself, when all of its

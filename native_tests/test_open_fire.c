@@ -1,6 +1,6 @@
-/* Real processes and real SIGKILLs at random moments, over streams of unknown length: services that fetch and decode, and
- * readers that share iteration after iteration out among themselves. Every position is read once by its reader, with the
- * bytes that are its, and nobody waits for ever. */
+/* Real processes and real SIGKILLs at random moments, over streams of unknown length: services that fetch and decode,
+ * and readers that share iteration after iteration out among themselves. Every position is read once by its reader,
+ * with the bytes that are its, and nobody waits for ever. */
 #define _GNU_SOURCE
 #include <sys/mman.h>
 #include <time.h>

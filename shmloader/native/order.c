@@ -9,6 +9,7 @@
  *   in moving a mark                        a low-water mark too low, `dirty`        rebuild
  *                                           what was read told wrong                 nobody: see layout.h
  *   in releasing a dead client's            some of them, `dirty`                    rebuild; the next reap
+ *   in joining, leaving, finishing          see join.c
  */
 #include <string.h>
 

@@ -17,7 +17,7 @@
  *   while evicting                          some of the run's blocks FREE, `dirty`       rebuild
  *   after evicting, before RESERVED         a gap, `dirty`                               rebuild
  *   while inserting, after RESERVED         RESERVED, not in the list                    rebuild, then reap: a HOLE
- *   in shml_region_clear                    some of the blocks FREE, `dirty`             rebuild
+ *   in shml_region_clear, _spare            some of the blocks FREE, `dirty`             rebuild
  */
 #include "failpoint.h"
 #include "layout.h"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import shmloader._native as native
@@ -106,10 +107,11 @@ class Iteration:
             del refs  # or its pins would be held while the next are waited for
             position += num_ready * stride
 
-    def leave(self) -> None:
+    # Argument: at interpreter exit the names of modules may be gone.
+    def leave(self, is_exiting: Callable[[], bool] = sys.is_finalizing) -> None:
         """This reader reads no further; the iteration ends with its last reader."""
         order, self._order = self._order, None
-        if order is not None and self._ring.is_home:
+        if order is not None and not is_exiting() and self._ring.is_home:
             with contextlib.suppress(ShmloaderError):  # the set was closed, and the membership is gone with this client
                 self._ring.segment.order_leave(*order)
 

@@ -24,6 +24,8 @@ _NO_CHUNK = 0xFFFFFFFF  # as the core tells it
 class Cut(Protocol):
     """Which chunk a row is of, and whether it can be decoded now."""
 
+    is_open: bool
+    """Readers all read streams front to back."""
     chunks: Chunks
     """Those whose rows may stay."""
 
@@ -42,6 +44,8 @@ class Cut(Protocol):
 
 class ClosedCut:
     """The cut of a source whose rows are known."""
+
+    is_open = False
 
     def __init__(self, segment: native.Segment, chunks: Chunks) -> None:
         self._segment, self.chunks = segment, chunks
@@ -66,6 +70,7 @@ class OpenCut:
     lent: what this process has read of a chunk that is not complete, which it can decode as well.
     """
 
+    is_open = True
     #: How often lent rows are looked at while more may come (guessed: a reader does not notice it, and it costs 1 %).
     LENT_S = 0.01
 

@@ -85,7 +85,8 @@ class Decoder:
                 # Of slow rows others may take their part.
                 if num_rows and not task.urgent and (elapsed > 5 * TASK_S or self._schedule.has_wanted()):
                     break
-                self._put(row, i, begun, task.stamps.get(row), task.urgent)
+                stamp = task.stamps.get(row)
+                self._put(row, i, begun, stamp, task.urgent and stamp is None)
                 left.discard(row)
                 num_rows += 1
         finally:

@@ -40,7 +40,7 @@ _REFRESH_S = 1.0
 class Task:
     """Rows that this process has claimed.
 
-    rows: (chunk, row), sorted. stamps: of rows that an order needs. urgent: somebody waits for them.
+    rows: (chunk, row), sorted. stamps: of rows that an order needs. urgent: somebody waits for those without a stamp.
     """
 
     rows: list[tuple[int, int]]
@@ -89,7 +89,9 @@ class DecodeSchedule:
         word = self._checked_word = self._segment.work_word()
         task = self._next_wanted(most)
         if task is None and word != self._blocked_word:
-            task = self._next_ordered(most) or self._next_fill(most)
+            return self._next_ordered(most) or self._next_fill(most)
+        if task is not None and self._cut.is_open and len(task.rows) < most and word != self._blocked_word:
+            self._top_up(task, most)
         return task
 
     def wait_s(self) -> float:
@@ -131,6 +133,13 @@ class DecodeSchedule:
             if got:
                 return self._task(got, urgent=True)
         return None
+
+    def _top_up(self, task: Task, most: int) -> None:
+        """Add to what readers of a stream wait for what they will want next: else each waits for row after row."""
+        more = self._next_ordered(most - len(task.rows))
+        if more is not None:
+            task.rows = sorted(task.rows + more.rows)
+            task.stamps = more.stamps
 
     def _next_ordered(self, most: int) -> Task | None:
         living = list(self._orders.now())

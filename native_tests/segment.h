@@ -9,8 +9,14 @@
 #include "test.h"
 
 #define NUM_RECORDS 24u
-#define NUM_CHUNKS  6u
 #define ROWS        4u /* of a chunk */
+/* A test of open sets says before it includes this how many places an order has. */
+#ifdef CHUNKS_PER_ORDER
+#define NUM_CHUNKS (SHML_MAX_ORDERS * CHUNKS_PER_ORDER)
+#else
+#define CHUNKS_PER_ORDER 0u
+#define NUM_CHUNKS       6u
+#endif
 /* Of the regions; a test that wants more than resident says so before it includes this. */
 #ifndef RESIDENT_BYTES
 #define RESIDENT_BYTES UINT64_C(16384)
@@ -31,7 +37,8 @@ static shml_config_t small_config(void)
                             .raw_bytes = RAW_BYTES,
                             .num_records = NUM_RECORDS,
                             .num_chunks = NUM_CHUNKS,
-                            .spill_bytes = SPILL_BYTES,
+                            .spill_bytes = CHUNKS_PER_ORDER > 0 ? 0 : SPILL_BYTES,
+                            .rows_per_chunk = CHUNKS_PER_ORDER > 0 ? ROWS : 0,
                             .pid_namespace = 4026531836};
     memcpy(config.boot_id, test_boot_id, sizeof config.boot_id);
     return config;

@@ -12,6 +12,8 @@ static uint64_t dice(uint64_t n) { return test_random(&seed) % n; }
 static uint64_t any_id(void)
 {
     uint64_t id = dice(16);
+    if (chunks_per_order > 0 && dice(4) != 0)
+        return shml_open_id((uint32_t)dice(3), 1 + (uint32_t)dice(3), dice(40));
     return dice(4) == 0 ? SHML_RAW | id : dice(30) == 0 ? SHML_CHUNK_ERROR | id : id * 3;
 }
 
@@ -66,6 +68,7 @@ static void ask_any(shml_seg_t *seg)
 {
     uint64_t ids[8];
     uint32_t chunks[NUM_CHUNKS], counts[NUM_CHUNKS], reads[8];
+    uint64_t first;
     uint8_t bytes[8];
     shml_order_info_t orders[4];
     shml_stats_t stats;
@@ -73,7 +76,7 @@ static void ask_any(shml_seg_t *seg)
     const char *what;
     for (int i = 0; i < 8; i++)
         ids[i] = any_id(), chunks[i] = (uint32_t)dice(NUM_CHUNKS + 1);
-    switch (dice(13)) {
+    switch (dice(15)) {
     case 0: check_status(shml_look(seg, ids, 8, dice(2) == 0 ? &stamp : NULL, bytes)); break;
     case 1: check_status(shml_wanted(seg, ids, 8)); break;
     case 2: check_status(shml_chunk_look(seg, chunks, 8, bytes)); break;
@@ -81,7 +84,7 @@ static void ask_any(shml_seg_t *seg)
         int n = shml_chunks_wanted(seg, chunks, counts, NUM_CHUNKS);
         check_status(n);
         for (int i = 0; i < n; i++)
-            CHECK(chunks[i] < NUM_CHUNKS);
+            CHECK(chunks[i] < stage.control->num_chunks);
         break;
     }
     case 4: check_status(shml_orders(seg, orders, 4)); break;
@@ -103,6 +106,14 @@ static void ask_any(shml_seg_t *seg)
             check_status(shml_guest_check(seg, refs, 8, bytes));
         break;
     }
+    case 12: check_status(shml_chunk_first(seg, (uint32_t)dice(2 * NUM_CHUNKS), &first)); break;
+    case 13: {
+        int rc = shml_row_chunks(seg, ids, 8, chunks);
+        check_status(rc);
+        for (int i = 0; i < 8 && rc == SHML_OK; i++)
+            CHECK(chunks[i] < stage.control->num_chunks || chunks[i] == UINT32_MAX);
+        break;
+    }
     default: (void)shml_pin_quota(seg);
     }
 }
@@ -110,7 +121,16 @@ static void ask_any(shml_seg_t *seg)
 static void change_any(shml_seg_t *seg)
 {
     shml_order_info_t order = {.num_positions = 100};
-    switch (dice(5)) {
+    shml_join_t join = {dice(3), (uint32_t)dice(3), 1 + (uint32_t)dice(3), (int32_t)dice(3), 1};
+    uint32_t chunk;
+    switch (dice(chunks_per_order > 0 ? 14 : 8)) {
+    case 5: check_status(shml_order_join(seg, &join, &order)); break;
+    case 6: check_status(shml_order_leave(seg, (uint32_t)dice(3), 1 + (uint32_t)dice(3))); break;
+    case 7: check_status(shml_order_finish(seg, (uint32_t)dice(3), 1 + (uint32_t)dice(3), dice(60))); break;
+    case 8:
+    case 9:
+    case 10:
+    case 11: check_status(shml_chunk_claim_open(seg, (uint32_t)dice(3), 1 + (uint32_t)dice(3), dice(8), &chunk)); break;
     case 0: check_status(shml_chunk_claim(seg, (uint32_t)dice(NUM_CHUNKS))); break;
     case 1: check_status(shml_chunk_end(seg, (uint32_t)dice(NUM_CHUNKS), (int)dice(3))); break;
     case 2: check_status(shml_order_begin(seg, &order)); break;
@@ -173,6 +193,8 @@ static void damage_a_word(void)
     } else { /* of a chunk: its word, its unit's reader, what is derived */
         offset = c->chunks_at + dice(NUM_CHUNKS) * sizeof(shml_chunk_t);
         offset += dice(2) == 0 ? offsetof(shml_chunk_t, word) : 20 + dice(9) * 4;
+        if (chunks_per_order > 0 && dice(3) == 0) /* or which chunk has the place */
+            offset = c->chunks_at + dice(NUM_CHUNKS) * sizeof(shml_chunk_t) + dice(2) * 4;
     }
     uint32_t *word = (uint32_t *)((uint8_t *)c + offset);
     switch (dice(4)) {
@@ -194,7 +216,7 @@ static void report_fault(int signal_number)
 
 /* Words of a working segment are damaged, now and then in a change of a dead process: no call hangs, faults, leaves the
  * mutex locked, or hands out a place that is not in the ring. */
-static void damage_is_an_error_and_nothing_else(void)
+static void damage(shape_t shape, uint64_t first_seed)
 {
     uint32_t num_poisoned = 0;
 #ifndef __SANITIZE_ADDRESS__
@@ -204,9 +226,9 @@ static void damage_is_an_error_and_nothing_else(void)
     (void)report_fault;
 #endif
     for (uint64_t round = 0; round < 1500; round++) {
-        seed = 391000 + round;
+        seed = first_seed + round;
         test_note("seed %llu", (unsigned long long)seed);
-        new_stage(small_shape);
+        new_stage(shape);
         for (int i = 0; i < NUM_CLIENTS; i++)
             clients[i] = enter(i < 2 ? SHML_SERVICE : SHML_WORKER);
         for (int i = 0; i < 60; i++)
@@ -224,4 +246,13 @@ static void damage_is_an_error_and_nothing_else(void)
     CHECK(num_poisoned > 100);
 }
 
-TEST_MAIN(TEST(damage_is_an_error_and_nothing_else))
+static void damage_is_an_error_and_nothing_else(void) { damage(small_shape, 391000); }
+
+static void damage_of_an_open_set_is_an_error_and_nothing_else(void)
+{
+    chunks_per_order = 3;
+    damage(transit_shape, 401000);
+    chunks_per_order = 0;
+}
+
+TEST_MAIN(TEST(damage_is_an_error_and_nothing_else), TEST(damage_of_an_open_set_is_an_error_and_nothing_else))

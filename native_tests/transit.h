@@ -28,6 +28,9 @@ typedef struct shape {
 TEST_UNUSED static const shape_t small_shape = {4 * KIB, 8 * KIB, 4 * KIB, 1};
 TEST_UNUSED static const shape_t transit_shape = {0, 8 * KIB, 4 * KIB, 1}; /* no chunk stays */
 
+/* Not 0: the segments are open sets, and an order has so many places for chunks of ROWS rows. */
+static uint32_t chunks_per_order;
+
 typedef struct seat { /* of a pseudo-process */
     shml_seg_t seg;
     pthread_mutex_t pin_lock;
@@ -156,6 +159,10 @@ static void new_bare_stage(shape_t shape)
                                    .num_records = NUM_RECORDS,
                                    .num_chunks = NUM_CHUNKS,
                                    .pid_namespace = 4026531836};
+    if (chunks_per_order > 0) {
+        stage.config.rows_per_chunk = ROWS;
+        stage.config.num_chunks = SHML_MAX_ORDERS * chunks_per_order;
+    }
     memcpy(stage.config.boot_id, boot_id, sizeof boot_id);
     stage.control_bytes = shml_control_bytes(&stage.config);
     CHECK(stage.control_bytes > 0);

@@ -19,6 +19,7 @@ from shmloader.errors import ShmloaderError
 if TYPE_CHECKING:
     from shmloader.config import MultimodalConfig
     from shmloader.dataset import ShmMultimodalDataset
+    from shmloader.iterable import ShmMultimodalIterableDataset
     from shmloader.options import Options
     from shmloader.processors.image import decode_image
     from shmloader.stats import Stats
@@ -29,6 +30,7 @@ __all__ = [
     "MultimodalConfig",
     "Options",
     "ShmMultimodalDataset",
+    "ShmMultimodalIterableDataset",
     "ShmloaderError",
     "Stats",
     "__version__",
@@ -39,6 +41,7 @@ _HOMES = {
     "MultimodalConfig": "shmloader.config",
     "Options": "shmloader.options",
     "ShmMultimodalDataset": "shmloader.dataset",
+    "ShmMultimodalIterableDataset": "shmloader.iterable",
     "Stats": "shmloader.stats",
     "decode_image": "shmloader.processors.image",
 }

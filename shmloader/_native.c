@@ -457,7 +457,8 @@ static PyObject *segment_claim_rows(Segment *self, PyObject *object)
     if (got != NULL) {
         uint8_t *out = (uint8_t *)PyBytes_AsString(got);
         CALL(shml_claim_rows(&self->seg, ids.buf, n, out));
-        if (status < 0) {
+        /* FULL: there is no descriptor for the rest now. It was not had, and is asked for again. */
+        if (status < 0 && status != SHML_E_FULL) {
             Py_CLEAR(got);
             raise_on(&self->seg, status, "claim_rows");
         }
@@ -710,6 +711,52 @@ static PyObject *segment_chunk_claim(Segment *self, PyObject *args)
     return status_or_raise(&self->seg, status, "chunk_claim");
 }
 
+static PyObject *segment_chunk_claim_open(Segment *self, PyObject *args)
+{
+    unsigned int slot, gen;
+    unsigned long long number;
+    uint32_t chunk;
+    if (!PyArg_ParseTuple(args, "IIK", &slot, &gen, &number) || !usable(self))
+        return NULL;
+    CALL(shml_chunk_claim_open(&self->seg, slot, gen, number, &chunk));
+    PyObject *told = status_or_raise(&self->seg, status, "chunk_claim_open");
+    if (told == NULL)
+        return NULL;
+    Py_DECREF(told);
+    return Py_BuildValue("(Ii)", chunk, status);
+}
+
+static PyObject *segment_chunk_first(Segment *self, PyObject *args)
+{
+    unsigned int chunk;
+    uint64_t first_row;
+    if (!PyArg_ParseTuple(args, "I", &chunk) || !usable(self))
+        return NULL;
+    CALL(shml_chunk_first(&self->seg, chunk, &first_row));
+    if (status != SHML_OK)
+        return raise_on(&self->seg, status, "chunk_first");
+    return first_row == UINT64_MAX ? Py_NewRef(Py_None) : PyLong_FromUnsignedLongLong(first_row);
+}
+
+static PyObject *segment_row_chunks(Segment *self, PyObject *object)
+{
+    Py_buffer ids;
+    uint32_t n;
+    if (!usable(self) || !parse_array(object, &ids, 8, &n))
+        return NULL;
+    PyObject *chunks = PyBytes_FromStringAndSize(NULL, 4 * (Py_ssize_t)n);
+    if (chunks != NULL) {
+        void *out = PyBytes_AsString(chunks); /* aligned for a uint32_t, as all that is allocated */
+        CALL(shml_row_chunks(&self->seg, ids.buf, n, out));
+        if (status != SHML_OK) {
+            Py_CLEAR(chunks);
+            raise_on(&self->seg, status, "row_chunks");
+        }
+    }
+    PyBuffer_Release(&ids);
+    return chunks;
+}
+
 static PyObject *segment_chunk_end(Segment *self, PyObject *args)
 {
     unsigned int chunk;
@@ -835,6 +882,45 @@ static PyObject *segment_order_end(Segment *self, PyObject *args)
     return status_or_raise(&self->seg, status, "order_end");
 }
 
+static PyObject *segment_order_join(Segment *self, PyObject *args)
+{
+    unsigned long long key, seed, epoch, num_positions;
+    shml_join_t join;
+    shml_order_info_t order = {0};
+    if (!PyArg_ParseTuple(args, "KIIiIKKKI", &key, &join.reader, &join.num_readers, &join.owner, &join.owner_gen, &seed,
+                          &epoch, &num_positions, &order.kind) ||
+        !usable(self))
+        return NULL;
+    join.key = key;
+    order.seed = seed;
+    order.epoch = epoch;
+    order.num_positions = num_positions;
+    order.world_size = 1;
+    CALL(shml_order_join(&self->seg, &join, &order));
+    if (status != SHML_OK)
+        return status_or_raise(&self->seg, status, "order_join");
+    return Py_BuildValue("(IIKKK)", order.slot, order.gen, order.num_positions, order.epoch, order.seed);
+}
+
+static PyObject *segment_order_leave(Segment *self, PyObject *args)
+{
+    unsigned int slot, gen;
+    if (!PyArg_ParseTuple(args, "II", &slot, &gen) || !usable(self))
+        return NULL;
+    CALL(shml_order_leave(&self->seg, slot, gen));
+    return status_or_raise(&self->seg, status, "order_leave");
+}
+
+static PyObject *segment_order_finish(Segment *self, PyObject *args)
+{
+    unsigned int slot, gen;
+    unsigned long long num_positions;
+    if (!PyArg_ParseTuple(args, "IIK", &slot, &gen, &num_positions) || !usable(self))
+        return NULL;
+    CALL(shml_order_finish(&self->seg, slot, gen, num_positions));
+    return status_or_raise(&self->seg, status, "order_finish");
+}
+
 static PyObject *segment_orders(Segment *self, PyObject *unused)
 {
     (void)unused;
@@ -847,8 +933,8 @@ static PyObject *segment_orders(Segment *self, PyObject *unused)
     PyObject *list = PyList_New(status);
     for (int i = 0; list != NULL && i < status; i++) {
         const shml_order_info_t *o = &orders[i];
-        PyObject *item = Py_BuildValue("(IIKKKIIIIK)", o->slot, o->gen, o->seed, o->epoch, o->num_positions, o->kind,
-                                       o->rank, o->world_size, o->drop_last, o->low_water);
+        PyObject *item = Py_BuildValue("(IIKKKIIIIIK)", o->slot, o->gen, o->seed, o->epoch, o->num_positions, o->kind,
+                                       o->rank, o->world_size, o->drop_last, o->num_readers, o->low_water);
         if (item == NULL || PyList_SetItem(list, i, item) != 0)
             Py_CLEAR(list);
     }
@@ -1276,6 +1362,11 @@ static PyMethodDef segment_methods[] = {
     {"wanted", (PyCFunction)segment_wanted, METH_VARARGS, "wanted(most) -> ids that readers wait for and nobody makes"},
     {"chunk_look", (PyCFunction)segment_chunk_look, METH_O, "chunk_look(chunks u32) -> bytes: the state of each"},
     {"chunk_claim", (PyCFunction)segment_chunk_claim, METH_VARARGS, "chunk_claim(chunk) -> status"},
+    {"chunk_claim_open", (PyCFunction)segment_chunk_claim_open, METH_VARARGS,
+     "chunk_claim_open(slot, gen, number) -> (chunk, status)"},
+    {"chunk_first", (PyCFunction)segment_chunk_first, METH_VARARGS,
+     "chunk_first(chunk) -> id of its first row, or None"},
+    {"row_chunks", (PyCFunction)segment_row_chunks, METH_O, "row_chunks(ids u64) -> bytes: u32 each, 0xffffffff: none"},
     {"chunk_end", (PyCFunction)segment_chunk_end, METH_VARARGS, "chunk_end(chunk, outcome) -> status"},
     {"chunks_wanted", (PyCFunction)segment_chunks_wanted, METH_VARARGS, "chunks_wanted(most) -> [(chunk, rows)]"},
     {"spill_reserve", (PyCFunction)segment_spill_reserve, METH_VARARGS,
@@ -1290,6 +1381,12 @@ static PyMethodDef segment_methods[] = {
     {"order_begin", (PyCFunction)segment_order_begin, METH_VARARGS,
      "order_begin(seed, epoch, num_positions, kind, rank, world_size, drop_last) -> (slot, gen) or a status"},
     {"order_end", (PyCFunction)segment_order_end, METH_VARARGS, "order_end(slot, gen) -> status"},
+    {"order_join", (PyCFunction)segment_order_join, METH_VARARGS,
+     "order_join(key, reader, num_readers, owner, owner_gen, seed, epoch, num_positions, kind) -> "
+     "(slot, gen, num_positions, epoch, seed) or a status"},
+    {"order_leave", (PyCFunction)segment_order_leave, METH_VARARGS, "order_leave(slot, gen) -> status"},
+    {"order_finish", (PyCFunction)segment_order_finish, METH_VARARGS,
+     "order_finish(slot, gen, num_positions) -> status"},
     {"orders", (PyCFunction)segment_orders, METH_NOARGS, "The living orders, a tuple each."},
     {"num_orders", (PyCFunction)segment_num_orders, METH_NOARGS, "How many orders live."},
     {"touch", (PyCFunction)segment_touch, METH_NOARGS, "Tell waiting readers that something moved."},
@@ -1485,19 +1582,32 @@ static PyType_Spec batch_spec = {"shmloader._native.BatchRing", sizeof(BatchRing
 static PyObject *format_control(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     (void)module;
-    static char *names[] = {"control",          "resident_bytes", "transit_bytes",
-                            "raw_bytes",        "num_records",    "first_rows",
-                            "num_rows",         "units",          "uuid",
-                            "boot_id",          "pid_namespace",  "record_bytes",
-                            "raw_budget_bytes", "spill_bytes",    NULL};
+    static char *names[] = {"control",
+                            "resident_bytes",
+                            "transit_bytes",
+                            "raw_bytes",
+                            "num_records",
+                            "first_rows",
+                            "num_rows",
+                            "units",
+                            "uuid",
+                            "boot_id",
+                            "pid_namespace",
+                            "record_bytes",
+                            "raw_budget_bytes",
+                            "spill_bytes",
+                            "rows_per_chunk",
+                            "num_chunks",
+                            NULL};
     PyObject *mapping;
+    unsigned int rows_per_chunk = 0, num_chunks = 0; /* of an open set */
     unsigned long long resident_bytes, transit_bytes, raw_bytes, num_records, pid_namespace, record_bytes,
         raw_budget_bytes, spill_bytes;
     Py_buffer first_rows, num_rows, units, uuid, boot_id;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKKKy*y*y*y*y*KKKK", names, mapping_type, &mapping,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKKKy*y*y*y*y*KKKK|II", names, mapping_type, &mapping,
                                      &resident_bytes, &transit_bytes, &raw_bytes, &num_records, &first_rows, &num_rows,
                                      &units, &uuid, &boot_id, &pid_namespace, &record_bytes, &raw_budget_bytes,
-                                     &spill_bytes))
+                                     &spill_bytes, &rows_per_chunk, &num_chunks))
         return NULL;
     int status = SHML_E_INVAL;
     if (first_rows.len == 2 * num_rows.len && units.len == num_rows.len && uuid.len == 16 && boot_id.len == 16) {
@@ -1505,7 +1615,8 @@ static PyObject *format_control(PyObject *module, PyObject *args, PyObject *kwar
                                 .transit_bytes = transit_bytes,
                                 .raw_bytes = raw_bytes,
                                 .num_records = num_records,
-                                .num_chunks = (uint32_t)(num_rows.len / 4),
+                                .num_chunks = rows_per_chunk > 0 ? num_chunks : (uint32_t)(num_rows.len / 4),
+                                .rows_per_chunk = rows_per_chunk,
                                 .record_bytes = record_bytes,
                                 .raw_budget_bytes = raw_budget_bytes,
                                 .spill_bytes = spill_bytes,
@@ -1537,6 +1648,20 @@ static PyObject *control_bytes(PyObject *module, PyObject *args)
                             .num_chunks = num_chunks};
     uint64_t bytes = shml_control_bytes(&config);
     return bytes > 0 ? PyLong_FromUnsignedLongLong(bytes) : raise_status(SHML_E_INVAL, "control_bytes");
+}
+
+static PyObject *open_id(PyObject *module, PyObject *args)
+{
+    (void)module;
+    unsigned int slot, gen;
+    unsigned long long position;
+    if (!PyArg_ParseTuple(args, "IIK", &slot, &gen, &position))
+        return NULL;
+    if (slot >= SHML_MAX_ORDERS || position > SHML_MAX_POSITION)
+        return PyErr_Format(PyExc_ValueError,
+                            "an open id needs a slot below %u and a position of %u bits, but got %u, %llu",
+                            SHML_MAX_ORDERS, SHML_POSITION_BITS, slot, position);
+    return PyLong_FromUnsignedLongLong(shml_open_id(slot, gen, position));
 }
 
 static PyObject *format_batch(PyObject *module, PyObject *args)
@@ -1607,6 +1732,7 @@ static PyMethodDef module_methods[] = {
      "Make a segment in a zeroed control mapping."},
     {"control_bytes", control_bytes, METH_VARARGS,
      "control_bytes(resident, transit, raw, num_records, num_chunks) -> bytes"},
+    {"open_id", open_id, METH_VARARGS, "open_id(slot, gen, position) -> the id of a row of an open set"},
     {"format_batch", format_batch, METH_VARARGS, "format_batch(mapping, budget_bytes)"},
     {"memory", memory, METH_VARARGS, "memory([root]) -> (total, available, limited_by)"},
     {"byte_holder", byte_holder, METH_VARARGS, "byte_holder(fd, offset) -> pid that holds this byte, or 0"},
@@ -1644,6 +1770,7 @@ static int add_constants(PyObject *module)
         {"MISSING", SHML_REF_MISSING},
         {"BROKEN", SHML_REF_BROKEN},
         {"ASIDE", SHML_REF_ASIDE},
+        {"END", SHML_REF_END},
         {"GET_POST", SHML_GET_POST},
         {"GET_TAKE", SHML_GET_TAKE},
         {"ROW_MISSING", SHML_ROW_MISSING},
@@ -1678,6 +1805,8 @@ static int add_constants(PyObject *module)
         {"MAX_ATTEMPTS", SHML_MAX_ATTEMPTS},
         {"MAX_CLIENTS", SHML_MAX_CLIENTS},
         {"MAX_WANTS", SHML_MAX_WANTS},
+        {"MAX_ORDERS", SHML_MAX_ORDERS},
+        {"POSITION_BITS", SHML_POSITION_BITS},
     };
     for (size_t i = 0; i < sizeof constants / sizeof *constants; i++) {
         PyObject *value = PyLong_FromLongLong(constants[i].value);

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import shmloader._native as native
-from shmloader.sizes import Sizes
+from shmloader.sizes import CHUNKS_PER_ORDER, Sizes
 
 #: Bytes of the lock inode beyond the clients': who holds them is the supervisor, is starting one, made the set, or has
 #: shown a warning (from `SHOWN_BYTE` on, one for each text).
@@ -82,6 +82,7 @@ def format_set(
     units: Sequence[int],
     record_bytes: int | None = None,
     spill_bytes: int = 0,
+    rows_per_chunk: int = 0,
 ) -> None:
     """Size the ring and lay out the control memory, for ``num_rows`` samples.
 
@@ -89,8 +90,11 @@ def format_set(
 
     chunks: (first row, number of rows) of each. units: for each the index of its unit's first chunk.
     record_bytes: of every sample, if that is known. spill_bytes: of the file for encoded chunks on disk, 0: none.
+    rows_per_chunk: of an open set, which has no chunks of its own; then ``num_rows`` is how many samples it has
+    descriptors for.
     """
-    num_bytes = native.control_bytes(sizes.resident_bytes, sizes.transit_bytes, sizes.raw_bytes, num_rows, len(chunks))
+    num_chunks = native.MAX_ORDERS * CHUNKS_PER_ORDER if rows_per_chunk else len(chunks)
+    num_bytes = native.control_bytes(sizes.resident_bytes, sizes.transit_bytes, sizes.raw_bytes, num_rows, num_chunks)
     for fd, size in ((files.ring_fd, sizes.file_bytes), (files.control_fd, num_bytes)):
         os.ftruncate(fd, size)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
@@ -109,6 +113,8 @@ def format_set(
         record_bytes=record_bytes or 0,
         raw_budget_bytes=sizes.raw_budget_bytes,
         spill_bytes=spill_bytes,
+        rows_per_chunk=rows_per_chunk,
+        num_chunks=num_chunks if rows_per_chunk else 0,
     )
 
 

@@ -60,7 +60,12 @@ def open_set(work: Work, options: Options) -> Reader:
     if options.ring_bytes is None:
         record_bytes = plan.schema.most_record_bytes() if plan.schema is not None else None
         # Where the samples' sizes are not known yet, leave as much to the datasets that come after.
-        _default_rings[ring_files.uuid] = size // 2 if record_bytes is None else record_bytes * plan.source.num_rows
+        num_rows = plan.source.num_rows
+        if num_rows is None:
+            most = reader.attach().segment.stats()["transit_bytes"]
+        else:
+            most = size // 2 if record_bytes is None else record_bytes * num_rows
+        _default_rings[ring_files.uuid] = most
     return reader
 
 

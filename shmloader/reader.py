@@ -20,7 +20,7 @@ from shmloader.live_orders import LiveOrder, LivingOrders
 from shmloader.order import Order
 from shmloader.prefetch.launch import SetFiles, ensure_supervisor
 from shmloader.prefetch.plan import SetPlan, read_plan
-from shmloader.ring import Refs, Ring
+from shmloader.ring import Place, Refs, Ring
 from shmloader.sample import Schema
 
 _ADVICE = (
@@ -84,14 +84,23 @@ class Reader:
         ring = self.attach()
         has_place = ring.has_transit and not ring.is_guest and ring.segment.num_orders()
         place = self._orders.place_of(ring, rows) if has_place else None
-        refs = ring.get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
+        refs = self.wait_for(rows, place)
+        return self.attachment(), refs
+
+    def wait_for(self, rows: Sequence[int], place: Place | None) -> Refs:
+        """Where the records of ``rows`` lie, which are at ``place`` of an order (None: of none). As `Ring.get_many`."""
+        return self.attach().get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
+
+    def attachment(self) -> Attachment:
+        """What samples need to be looked into. Before the first one is there, there may be no schema: PoisonedError."""
+        ring = self.attach()
         attachment = self._attachment
         if attachment is None or attachment.ring is not ring:
             with _attaching:
                 attachment = self._attachment
                 if attachment is None or attachment.ring is not ring:
                     attachment = self._attachment = Attachment(ring, self._schema(ring))
-        return attachment, refs
+        return attachment
 
     def begin_order(self, order: Order, epoch: int) -> LiveOrder | None:
         """Have the prefetchers follow ``order``; None: they follow as many as they can, or need not follow any.

@@ -148,7 +148,7 @@ class Ring:
         describe: Callable[[int], str] = str,
         place: Place | None = None,
     ) -> Refs:
-        """Where the records of ``ids`` lie, once all are there; waits for them.
+        """Where the records of ``ids`` lie, once all are there; waits for them. Those beyond an order's end are none.
 
         on_tick: called at least every 100 ms while waiting (to see that the services live).
         describe: source, shard and row of an id, for the message of an error.
@@ -351,7 +351,8 @@ class _Patience:
 
 
 def _has_bad(packed: bytes) -> bool:
-    return any(memoryview(packed).cast("I")[6 :: native.REF_BYTES // 4].tolist())
+    statuses = memoryview(packed).cast("I")[6 :: native.REF_BYTES // 4].tolist()
+    return any(statuses) and any(status not in (native.READY, native.END) for status in statuses)
 
 
 def _no_slot(role: int) -> RingError:

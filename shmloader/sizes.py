@@ -29,6 +29,18 @@ LEAST_RECORDS = 16
 WINDOWS = 2
 #: An Arrow IPC stream is this much larger than its rows, beside 8 % (buffers are padded; guessed).
 IPC_BYTES = 64 << 10
+#: Of an open set, whose streams are read as they lie, so that no window is needed: encoded bytes that are fetched ahead
+#: of its readers, all iterations together (guessed: some seconds of decoding), and twice that before one is evicted.
+OPEN_AHEAD_BYTES = 64 << 20
+#: And so many chunks of each iteration at most: of small rows more would only be read in vain if it is left (guessed).
+OPEN_AHEAD_CHUNKS = 64
+#: Places for chunks of one iteration: as far as its readers may be apart, together with what is fetched ahead of them.
+#: With chunks of 64 rows 16,384 positions: as far as the core knows which ones were read. A megabyte in all.
+CHUNKS_PER_ORDER = 256
+#: Descriptors for samples in an open set: one for each so many bytes of transit (guessed: smaller samples are evicted
+#: before transit is full), but at least twice an iteration's places and no more than take 30 MB.
+OPEN_RECORD_BYTES = 1024
+LEAST_OPEN_RECORDS, MOST_OPEN_RECORDS = 1 << 15, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -80,17 +92,42 @@ def divide(
     return Sizes(ring_bytes - transit, transit, raw, budget)
 
 
+def divide_open(ring_bytes: int, *, most_record_bytes: int | None, in_flight: int | None, ahead: int | None) -> Sizes:
+    """The regions of the ring of an open set, of at most ``ring_bytes``; see `divide`.
+
+    Nothing stays, since no row ever comes again: all is transit, and only as large as it needs to be. Where the
+    samples' size is known that is twice what is in flight and decoded ahead; else a share of the ring.
+    """
+    ring_bytes = _pages(ring_bytes)
+    budget = 2 * OPEN_AHEAD_BYTES
+    raw = _pages(int(1.08 * budget) + IPC_BYTES) * 4 + (1 << 30)
+    most_share = MOST_DEFAULT_SHARE if most_record_bytes is None else 1.0
+    transit = _transit(ring_bytes, most_record_bytes, in_flight, ahead, most_share)
+    return Sizes(0, transit, raw, budget)
+
+
+def open_records(transit_bytes: int) -> int:
+    """How many samples an open set has descriptors for."""
+    return min(max(transit_bytes // OPEN_RECORD_BYTES, LEAST_OPEN_RECORDS), MOST_OPEN_RECORDS)
+
+
 def raw_budget(chunk_bytes: Sequence[int], window_bytes: int) -> int:
     """Encoded bytes of chunks to be kept for an order: some windows, and the chunk that is being read."""
     largest = max(chunk_bytes, default=0)
     return WINDOWS * max(window_bytes, largest) + largest
 
 
-def _transit(ring_bytes: int, record_bytes: int | None, in_flight: int | None, ahead: int | None) -> int:
-    """Room for twice what is in flight and what is decoded ahead."""
+def _transit(
+    ring_bytes: int,
+    record_bytes: int | None,
+    in_flight: int | None,
+    ahead: int | None,
+    most_share: float = MOST_DEFAULT_SHARE,
+) -> int:
+    """Room for twice what is in flight and what is decoded ahead; if nobody said how many, that share at most."""
     is_said = in_flight is not None
     samples = (DEFAULT_IN_FLIGHT if in_flight is None else in_flight) + (DEFAULT_AHEAD if ahead is None else ahead)
-    share = _pages(int(ring_bytes * MOST_DEFAULT_SHARE))
+    share = _pages(int(ring_bytes * most_share))
     if record_bytes is None:
         return max(share, min(ring_bytes, PAGE))
     if record_bytes > ring_bytes:

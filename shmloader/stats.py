@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Stats:
     """A snapshot; every number is of the whole set, except where said.
 
-    num_rows: samples of the dataset. samples_ready: of these in the ring. samples_bad: that could not be made.
+    num_rows: samples of the dataset; None: nobody knows, it is a stream. samples_ready: of these in the ring.
+    samples_bad: that could not be made.
     commits: samples decoded so far; where all fit the ring, each is once.
     decoding_s: seconds that all prefetchers together have spent making samples.
     samples_read: handed to readers so far. guest_reads: of these to workers beyond the table of clients.
@@ -26,7 +27,7 @@ class Stats:
     batch_backed_bytes: memory of this process's batch ring (of all its datasets).
     """
 
-    num_rows: int
+    num_rows: int | None
     samples_ready: int
     samples_bad: int
     commits: int
@@ -52,8 +53,11 @@ class Stats:
 
     @property
     def decodes_per_sample(self) -> float:
-        """Samples decoded per sample of the dataset; 1.0 once all are there, where all fit the ring."""
-        return self.commits / self.num_rows
+        """Samples decoded per sample of the dataset; 1.0 once all are there, where all fit the ring.
+
+        Of a stream of unknown length, per sample that was read.
+        """
+        return self.commits / max(self.samples_read if self.num_rows is None else self.num_rows, 1)
 
     @property
     def hit_rate(self) -> float:

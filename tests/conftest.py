@@ -87,12 +87,12 @@ def small_options(**changes: Any) -> Options:
 
 
 @contextlib.contextmanager
-def opened(dataset_name: Any, **arguments: Any) -> Iterator[ShmMultimodalDataset]:
+def opened(dataset_name: Any, kind: Any = ShmMultimodalDataset, **arguments: Any) -> Iterator[Any]:
     """A dataset with a small ring; closed at the end, and its processes and files must be gone then."""
     with no_leaks() as watch:
         arguments.setdefault("config", MultimodalConfig(vision_dim=SIDE))
         arguments.setdefault("options", small_options())
-        dataset = ShmMultimodalDataset(dataset_name=dataset_name, **arguments)
+        dataset = kind(dataset_name=dataset_name, **arguments)
         try:
             watch(dataset)
             yield dataset

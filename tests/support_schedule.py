@@ -13,6 +13,7 @@ from support_sets import ring_files
 
 import shmloader._native as native
 from shmloader.order import Chunks, Kind, Order
+from shmloader.prefetch.cut import ClosedCut
 from shmloader.prefetch.fetch_schedule import FetchSchedule
 from shmloader.prefetch.orders import FollowedOrders
 from shmloader.prefetch.schedule import DecodeSchedule
@@ -45,7 +46,8 @@ class World:
     ) -> DecodeSchedule:
         ring = ring or self.service
         orders = FollowedOrders(ring.segment, self.chunks, self.window_bytes)
-        return DecodeSchedule(ring.segment, Writer(ring), self.chunks, orders, num_prefetchers, record_bytes)
+        cut = ClosedCut(ring.segment, self.chunks)
+        return DecodeSchedule(ring.segment, Writer(ring), cut, orders, num_prefetchers, record_bytes)
 
     def fetching(self, budget_bytes: int = 3 * CHUNK_BYTES, ring: Ring | None = None) -> FetchSchedule:
         segment = (ring or self.service).segment

@@ -23,12 +23,15 @@ RANKS = [
     {"prefetch"},
     {"live_orders"},
     {"reader"},
+    {"iteration"},
     {"views"},
     {"tokens"},
     {"opening", "collate", "stats", "sampler", "seeding"},
-    {"dataset"},
+    {"base_dataset"},
+    {"dataset", "iterable"},
     {"cli", "__main__"},
 ]
+DATASETS = {"base_dataset", "dataset", "iterable"}
 RANK = {name: i for i, names in enumerate(RANKS) for name in names}
 SOURCES = sorted(p for p in PACKAGE.rglob("*.py") if p != PACKAGE / "__init__.py")
 
@@ -83,7 +86,7 @@ def test_readers_do_not_write(path):
     ("library", "homes"),
     [
         ("datasets", {"sources", "cli"}),
-        ("torch", {"views", "tokens", "opening", "collate", "sampler", "seeding", "dataset", "cli"}),
+        ("torch", {"views", "tokens", "opening", "collate", "sampler", "seeding", *DATASETS, "cli"}),
     ],
 )
 def test_heavy_libraries_are_imported_only_where_they_belong(library, homes):

@@ -11,11 +11,16 @@ from shmloader.errors import RecordTooLargeError, RingError, RingTooSmallError
 from shmloader.sizes import (
     DEFAULT_AHEAD,
     DEFAULT_IN_FLIGHT,
+    LEAST_OPEN_RECORDS,
     LEAST_RECORDS,
+    MOST_DEFAULT_SHARE,
+    MOST_OPEN_RECORDS,
     PAGE,
     WINDOWS,
     Sizes,
     divide,
+    divide_open,
+    open_records,
 )
 
 MIB = 1 << 20
@@ -190,3 +195,37 @@ def test_the_regions_add_up_to_the_ring_whatever_the_arguments(seed: int) -> Non
             least = 2 if in_flight is None else 2 * (in_flight + (known["ahead"] or DEFAULT_AHEAD))
             assert sizes.transit_bytes >= least * record_bytes, told
     assert outcomes == {True, False, RingTooSmallError, RecordTooLargeError}
+
+
+# ---- open sets -----------------------------------------------------------------------------------------
+
+
+def open_regions(ring_bytes: int, record_bytes: int | None = RECORD, in_flight: int | None = None) -> Sizes:
+    return divide_open(ring_bytes, most_record_bytes=record_bytes, in_flight=in_flight, ahead=None)
+
+
+def test_of_a_stream_nothing_stays_and_transit_is_no_larger_than_it_needs_to_be() -> None:
+    sizes = open_regions(10_000 * MIB)
+    assert sizes.resident_bytes == 0
+    assert 0 <= sizes.transit_bytes - 2 * (DEFAULT_IN_FLIGHT + DEFAULT_AHEAD) * RECORD < PAGE
+
+
+def test_of_a_stream_all_of_a_small_ring_is_transit() -> None:
+    assert open_regions(4 * MIB).ring_bytes == 4 * MIB
+
+
+def test_of_a_stream_whose_samples_sizes_are_not_known_transit_is_a_share_of_the_ring() -> None:
+    assert open_regions(64 * MIB, None).transit_bytes == 64 * MIB * MOST_DEFAULT_SHARE
+
+
+def test_a_stream_in_a_ring_that_cannot_hold_what_is_in_flight_is_an_error() -> None:
+    with pytest.raises(RingTooSmallError):
+        open_regions(4 * MIB, in_flight=1000)
+    with pytest.raises(RecordTooLargeError):
+        open_regions(PAGE)
+
+
+def test_an_open_set_has_descriptors_for_small_samples_but_not_for_all_that_would_fit() -> None:
+    assert open_records(PAGE) == LEAST_OPEN_RECORDS
+    assert open_records(1 << 40) == MOST_OPEN_RECORDS
+    assert open_records(LEAST_OPEN_RECORDS * 2048) == 2 * LEAST_OPEN_RECORDS

@@ -56,6 +56,15 @@ static int check_pins(shml_control_t *c, uint32_t index, const char **what)
     return SHML_OK;
 }
 
+/* Open sets: has the chunk that a record belongs to its place? */
+static int is_placed(shml_control_t *c, uint64_t id)
+{
+    if (shml_is_sample(id))
+        return shml_chunk_of(c, id) >= 0;
+    uint64_t chunk = id & ~(SHML_RAW | SHML_CHUNK_ERROR);
+    return chunk < c->num_chunks && shml_chunks(c)[chunk].first_row != UINT64_MAX;
+}
+
 static int check_desc(shml_seg_t *seg, uint32_t index, sums_t *sums, const char **what)
 {
     shml_control_t *c = seg->control;
@@ -88,6 +97,9 @@ static int check_desc(shml_seg_t *seg, uint32_t index, sums_t *sums, const char 
     }
     MUST(state != SHML_DESC_SUSPECT || (desc->deaths > 0 && desc->deaths < SHML_MAX_ATTEMPTS),
          "a suspect's deaths are wrong");
+    int has_chunk = !shml_is_open(c) || is_placed(c, desc->id);
+    MUST(has_chunk || (state != SHML_DESC_SUSPECT && state != SHML_DESC_ASIDE), "a row is suspect without its chunk");
+    MUST(has_chunk || shml_is_sample(desc->id), "encoded rows or an error of no chunk");
     MUST(state != SHML_DESC_ASIDE || desc->deaths >= SHML_MAX_ATTEMPTS, "a row is aside without its deaths");
     return SHML_OK;
 }
@@ -185,7 +197,7 @@ static void count_rows(shml_seg_t *seg, const shml_chunk_t *chunk, uint32_t *num
     shml_control_t *c = seg->control;
     *num_final = *num_stored = 0;
     *num_bytes = 0;
-    for (uint32_t i = 0; i < chunk->num_rows; i++) {
+    for (uint32_t i = 0; i < chunk->num_rows && chunk->first_row != UINT64_MAX; i++) {
         int status;
         const shml_desc_t *desc = shml_find(seg, chunk->first_row + i, &status);
         if (desc == NULL)
@@ -209,6 +221,8 @@ static int check_chunks(shml_seg_t *seg, const char **what)
         counts[state]++;
         MUST(state != SHML_CHUNK_CLAIMED || shml_is_active(c, shml_word_slot(word)), "a chunk is claimed by nobody");
         MUST(chunk->unit <= i, "a chunk's unit begins behind it");
+        MUST(!shml_is_open(c) || shml_open_place_is_good(c, i),
+             "a place has a chunk of another place, or what is no chunk");
         count_rows(seg, chunk, &num_final, &num_stored, &num_bytes);
         MUST(num_final == chunk->num_final && num_stored == chunk->num_stored && num_bytes == chunk->resident_bytes,
              "a chunk's count of rows is wrong");
@@ -252,6 +266,23 @@ static int check_spill(shml_seg_t *seg, uint8_t *bitmap, const char **what)
     return SHML_OK;
 }
 
+static int check_joined(shml_control_t *c, uint32_t index, const char **what)
+{
+    const shml_order_t *order = &shml_order_table(c)[index];
+    uint32_t num_joined = 0, num_marks = 0;
+    MUST(order->num_readers <= SHML_MAX_READERS, "an order has too many readers");
+    for (uint32_t reader = 0; reader < SHML_MAX_READERS; reader++) {
+        uint32_t has_joined = order->joined[reader / 64] >> (reader % 64) & 1;
+        MUST(!has_joined || reader < order->num_readers, "a reader has joined that there is none of");
+        num_joined += has_joined;
+    }
+    for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++)
+        num_marks += shml_marks(c, index)[slot] != 0;
+    MUST(order->num_readers == 0 || num_marks > 0, "a joined order lives without readers");
+    MUST(order->num_readers == 0 || num_marks <= num_joined, "a client reads in an order that it has not joined");
+    return SHML_OK;
+}
+
 static int check_orders(shml_control_t *c, const char **what)
 {
     uint32_t num_orders = 0;
@@ -265,6 +296,9 @@ static int check_orders(shml_control_t *c, const char **what)
         MUST(order->low_water == shml_low_water(c, i), "a low-water mark is wrong");
         for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++)
             MUST(shml_marks(c, i)[slot] == 0 || shml_is_active(c, slot), "a mark of nobody");
+        int status = check_joined(c, i, what);
+        if (status != SHML_OK)
+            return status;
     }
     MUST(num_orders == c->num_orders, "the number of orders is wrong");
     return SHML_OK;

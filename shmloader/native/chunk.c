@@ -62,6 +62,8 @@ static void set_word(shml_control_t *c, uint32_t index, uint32_t word)
 
 int32_t shml_chunk_of(shml_control_t *c, uint64_t id)
 {
+    if (shml_is_open(c))
+        return shml_open_chunk_of(c, id);
     const shml_chunk_t *chunks = shml_chunks(c);
     uint32_t low = 0, high = c->num_chunks;
     while (low < high) {
@@ -88,6 +90,11 @@ void shml_chunk_settle(shml_seg_t *seg, uint64_t id)
         return;
     set_word(c, (uint32_t)index, make_word(SHML_CHUNK_DONE, word, shml_word_deaths(word), 0));
     shml_work_tell(seg); /* its raw record may be evicted */
+}
+
+void shml_chunk_renew(shml_seg_t *seg, uint32_t chunk)
+{
+    set_word(seg->control, chunk, make_word(SHML_CHUNK_TODO, 0, 0, 0));
 }
 
 void shml_chunk_unstay(shml_seg_t *seg, uint32_t chunk)
@@ -153,13 +160,15 @@ int shml_chunk_look(shml_seg_t *seg, const uint32_t *chunks, uint32_t n, uint8_t
 /* ------------------------------------------------ fetching -------------------------------------------- */
 
 /* Does a living client other than `slot` read the chunk's unit? A chunk alone in its unit needs no one reader. */
-static int unit_is_taken(shml_control_t *c, const shml_chunk_t *first, uint32_t slot)
+int shml_chunk_unit_is_taken(shml_control_t *c, uint32_t index, uint32_t slot)
 {
+    const shml_chunk_t *chunk = &shml_chunks(c)[index],
+                       *first = chunk->unit <= index ? chunk - (index - chunk->unit) : chunk;
     return first->reader != 0 && first->reader - 1 != slot && shml_is_active(c, first->reader - 1) &&
            shml_clients(c)[first->reader - 1].gen == first->reader_gen;
 }
 
-static int claim_locked(shml_seg_t *seg, uint32_t index)
+int shml_chunk_take(shml_seg_t *seg, uint32_t index)
 {
     shml_control_t *c = seg->control;
     shml_chunk_t *chunks = shml_chunks(c), *chunk = &chunks[index];
@@ -172,7 +181,7 @@ static int claim_locked(shml_seg_t *seg, uint32_t index)
         return SHML_E_STALE;
     if (has_raw(seg, index, &status) || status != SHML_OK)
         return status == SHML_OK ? SHML_E_EXISTS : status;
-    if (!is_alone && unit_is_taken(c, unit, slot))
+    if (!is_alone && shml_chunk_unit_is_taken(c, index, slot))
         return SHML_E_STALE;
     uint32_t stays = (word & SHML_CHUNK_STAYS) || may_stay(c, chunk, 0) ? SHML_CHUNK_STAYS : 0;
     if (!is_alone && (unit->reader != slot + 1 || unit->reader_gen != shml_clients(c)[slot].gen)) {
@@ -195,7 +204,8 @@ int shml_chunk_claim(shml_seg_t *seg, uint32_t chunk)
     if (seg->self < 0)
         status = SHML_E_LEFT;
     else
-        status = chunk < seg->control->num_chunks ? claim_locked(seg, chunk) : SHML_E_INVAL;
+        status = chunk < seg->control->num_chunks && !shml_is_open(seg->control) ? shml_chunk_take(seg, chunk)
+                                                                                 : SHML_E_INVAL;
     shml_unlock(seg);
     return status;
 }
@@ -260,7 +270,9 @@ static shml_chunk_t *to_fetch(shml_control_t *c, uint64_t id, int32_t *last)
     shml_chunk_t *chunks = shml_chunks(c);
     if (*last < 0 || id - chunks[*last].first_row >= chunks[*last].num_rows)
         *last = shml_chunk_of(c, id);
-    return *last >= 0 && shml_word_state(chunks[*last].word) == SHML_CHUNK_TODO ? &chunks[*last] : NULL;
+    if (*last < 0 || shml_row_comes(c, id) != SHML_ROW_COMES)
+        return NULL;
+    return shml_word_state(chunks[*last].word) == SHML_CHUNK_TODO ? &chunks[*last] : NULL;
 }
 
 enum { ZERO, COUNT, COLLECT };

@@ -55,9 +55,12 @@ static int claim_row(shml_seg_t *seg, uint64_t id, int is_alone, uint8_t *got)
     shml_control_t *c = seg->control;
     int status;
     shml_desc_t *desc = shml_find(seg, id, &status);
-    if (status != SHML_OK || is_broken(c, id))
+    if (status != SHML_OK || is_broken(c, id) || shml_row_comes(c, id) != SHML_ROW_COMES)
         return status;
     if (desc == NULL) {
+        /* For a row that somebody waits for, what a living order has not come to yet gives way as well. */
+        if (!shml_has_desc(c) && shml_region_spare(seg, shml_is_awaited(c, id)) < 0)
+            return SHML_E_POISONED;
         status = new_row(seg, id, SHML_DESC_CLAIMED, 0);
         *got = status == SHML_OK;
     } else if (desc->state == SHML_DESC_SUSPECT && is_alone) {
@@ -91,8 +94,7 @@ int shml_claim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint8_t *g
     return status;
 }
 
-/* A row without a block is nowhere again. */
-static int forget(shml_seg_t *seg, uint32_t index)
+int shml_row_forget(shml_seg_t *seg, uint32_t index)
 {
     shml_control_t *c = seg->control;
     if (shml_unlink(c, index) != SHML_OK)
@@ -108,7 +110,7 @@ static int lose_claim(shml_seg_t *seg, uint32_t index, uint16_t deaths)
     shml_control_t *c = seg->control;
     shml_desc_t *desc = &shml_descs(c)[index];
     if (deaths == 0)
-        return forget(seg, index);
+        return shml_row_forget(seg, index);
     int is_aside = deaths >= SHML_MAX_ATTEMPTS;
     desc->deaths = deaths;
     SHML_FP("claim.lose.deaths");
@@ -135,7 +137,9 @@ int shml_desc_lose(shml_seg_t *seg, uint32_t index, int is_own_death)
 {
     shml_control_t *c = seg->control;
     const shml_desc_t *desc = &shml_descs(c)[index];
-    uint32_t deaths = shml_is_sample(desc->id) ? desc->deaths + (is_own_death ? 1u : 0u) : 0;
+    /* Of a row whose chunk has lost its place nobody will ask any more, and nobody would clean up after it. */
+    int is_row = shml_is_sample(desc->id) && (!shml_is_open(c) || shml_chunk_of(c, desc->id) >= 0);
+    uint32_t deaths = is_row ? desc->deaths + (is_own_death ? 1u : 0u) : 0;
     uint32_t was = shml_begin_change(c);
     int status = desc->state == SHML_DESC_CLAIMED ? lose_claim(seg, index, (uint16_t)deaths)
                                                   : lose_reservation(seg, index, (uint16_t)deaths);

@@ -65,6 +65,15 @@ static int lay_out_ring(const shml_config_t *config, shml_control_t *c)
     return c->ring_bytes > 0;
 }
 
+/* Is it a closed set, or one that an open set can be (shml.h)? */
+static int is_kind_good(const shml_config_t *config)
+{
+    if (config->rows_per_chunk == 0)
+        return 1;
+    return config->num_chunks % SHML_MAX_ORDERS == 0 && config->num_chunks >= 2 * SHML_MAX_ORDERS &&
+           config->resident_bytes == 0 && config->transit_bytes > 0 && config->rows_per_chunk <= 1u << 20;
+}
+
 /* Offsets of all parts of the control memory for `config`; returns the whole size, 0 if it does not fit. */
 static uint64_t lay_out(const shml_config_t *config, shml_control_t *c)
 {
@@ -72,10 +81,17 @@ static uint64_t lay_out(const shml_config_t *config, shml_control_t *c)
         return 0;
     if (config->num_records == 0 || config->num_records > UINT32_MAX / 4 || config->num_chunks > UINT32_MAX / 8)
         return 0;
+    if (!is_kind_good(config))
+        return 0;
     /* Beside the rows: a raw and an error record a chunk, and holes that nothing fits into yet. */
     c->num_descs = (uint32_t)(config->num_records + 2 * (uint64_t)config->num_chunks + 4096);
     c->num_records = config->num_records;
     c->num_buckets = (uint32_t)config->num_records;
+    c->rows_per_chunk = config->rows_per_chunk;
+    c->chunks_per_order = c->rows_per_chunk > 0 ? config->num_chunks / SHML_MAX_ORDERS : 0;
+    /* Odd: the ids of one position in many orders differ in their upper bits, and must not all be in one chain. */
+    if (c->rows_per_chunk > 0 && c->num_buckets > 1)
+        c->num_buckets -= c->num_buckets % 2 == 0;
     c->num_chunks = config->num_chunks;
     c->max_clients = SHML_MAX_CLIENTS;
     uint64_t at = shml_align(sizeof *c);
@@ -124,6 +140,35 @@ int shml_mutex_init(pthread_mutex_t *mutex)
     return error == 0 ? SHML_OK : SHML_E_SYS;
 }
 
+static int format_chunks(shml_control_t *c, const uint64_t *first_rows, const uint32_t *num_rows, const uint32_t *units)
+{
+    shml_chunk_t *chunks = shml_chunks(c);
+    uint64_t next = 0;
+    for (uint32_t i = 0; i < c->num_chunks; i++) {
+        if (first_rows[i] != next || num_rows[i] == 0)
+            return SHML_E_INVAL;
+        if (units[i] > i || (units[i] < i && units[i] != chunks[i - 1].unit))
+            return SHML_E_INVAL;
+        chunks[i].first_row = first_rows[i];
+        chunks[i].num_rows = num_rows[i];
+        chunks[i].unit = units[i];
+        next += num_rows[i];
+    }
+    return next <= c->num_records ? SHML_OK : SHML_E_INVAL;
+}
+
+/* Of an open set: nobody has them yet, and one client reads an order's stream. */
+static int format_places(shml_control_t *c)
+{
+    shml_chunk_t *chunks = shml_chunks(c);
+    for (uint32_t i = 0; i < c->num_chunks; i++) {
+        chunks[i].first_row = UINT64_MAX;
+        chunks[i].num_rows = c->rows_per_chunk;
+        chunks[i].unit = i - i % c->chunks_per_order;
+    }
+    return SHML_OK;
+}
+
 int shml_control_format(void *control, uint64_t bytes, const shml_config_t *config, const uint64_t *first_rows,
                         const uint32_t *num_rows, const uint32_t *units)
 {
@@ -132,6 +177,8 @@ int shml_control_format(void *control, uint64_t bytes, const shml_config_t *conf
     if (need == 0 || bytes < need)
         return SHML_E_INVAL;
     if (config->spill_bytes % SHML_SPILL_PAGE != 0 || config->spill_bytes > SHML_MAX_SPILL_BYTES)
+        return SHML_E_INVAL;
+    if (config->spill_bytes > 0 && config->rows_per_chunk > 0) /* of a stream's places each is another chunk's soon */
         return SHML_E_INVAL;
     c->version = SHML_VERSION;
     c->abi = abi_hash();
@@ -144,20 +191,9 @@ int shml_control_format(void *control, uint64_t bytes, const shml_config_t *conf
     c->control_bytes = need;
     if (shml_mutex_init(&c->mutex) != SHML_OK)
         return SHML_E_SYS;
-    shml_chunk_t *chunks = shml_chunks(c);
-    uint64_t next = 0;
-    for (uint32_t i = 0; i < config->num_chunks; i++) {
-        if (first_rows[i] != next || num_rows[i] == 0)
-            return SHML_E_INVAL;
-        if (units[i] > i || (units[i] < i && units[i] != chunks[i - 1].unit))
-            return SHML_E_INVAL;
-        chunks[i].first_row = first_rows[i];
-        chunks[i].num_rows = num_rows[i];
-        chunks[i].unit = units[i];
-        next += num_rows[i];
-    }
-    if (next > config->num_records)
-        return SHML_E_INVAL;
+    int status = shml_is_open(c) ? format_places(c) : format_chunks(c, first_rows, num_rows, units);
+    if (status != SHML_OK)
+        return status;
     c->chunks_todo = config->num_chunks;
     c->state = SHML_SEG_READY;
     /* SYNC(format): pairs with the acquire in shml_control_check. */
@@ -181,12 +217,14 @@ int shml_control_check(const void *control, uint64_t bytes, const uint8_t boot_i
                             .transit_bytes = c->regions[SHML_TRANSIT].end - c->regions[SHML_TRANSIT].begin,
                             .raw_bytes = c->regions[SHML_RAW_REGION].end - c->regions[SHML_RAW_REGION].begin,
                             .num_records = c->num_records,
-                            .num_chunks = c->num_chunks};
+                            .num_chunks = c->num_chunks,
+                            .rows_per_chunk = c->rows_per_chunk};
     shml_control_t expected = {0};
     uint64_t need = lay_out(&config, &expected);
     if (need == 0 || need != c->control_bytes || expected.ring_bytes != c->ring_bytes ||
         expected.num_descs != c->num_descs || expected.num_buckets != c->num_buckets ||
-        c->max_clients != SHML_MAX_CLIENTS || memcmp(&expected.clients_at, &c->clients_at, SIZE_OF_OFFSETS) != 0)
+        expected.chunks_per_order != c->chunks_per_order || c->max_clients != SHML_MAX_CLIENTS ||
+        memcmp(&expected.clients_at, &c->clients_at, SIZE_OF_OFFSETS) != 0)
         return SHML_E_LAYOUT;
     for (uint32_t i = 0; i < SHML_NUM_REGIONS; i++)
         if (expected.regions[i].begin != c->regions[i].begin || expected.regions[i].end != c->regions[i].end)

@@ -55,11 +55,10 @@
 #include "shml.h"
 
 #define SHML_MAGIC       UINT64_C(0x314c44524c4d4853) /* "SHMLRDL1" */
-#define SHML_VERSION     2u
+#define SHML_VERSION     3u
 #define SHML_MAX_CLIENTS 256u
 #define SHML_MAX_WANTS   512u
 #define SHML_NO_WANT     UINT64_MAX /* an empty place in the guests' list of wants */
-#define SHML_MAX_ORDERS  64u
 #define SHML_PIN_WORDS   (SHML_MAX_CLIENTS / 64u)
 #define SHML_ALIGN       64u
 #define SHML_SPILL_PAGE  UINT64_C(4096) /* what is spilled begins at a multiple of this */
@@ -91,9 +90,10 @@ _Static_assert(sizeof(struct shml_client) == 64, "a client is a cache line");
 enum { SHML_CHUNK_TODO = 0, SHML_CHUNK_CLAIMED = 1, SHML_CHUNK_DONE = 2, SHML_CHUNK_BROKEN = 3 };
 
 /* Rows [first_row, first_row + num_rows) of the source. `word` is the truth: state in bits 0-3, STAYS in bit 4, deaths
- * of claimants in bits 8-15, the claimant's slot in bits 16-31; one store changes all. */
+ * of claimants in bits 8-15, the claimant's slot in bits 16-31; one store changes all. In an open set a place, which
+ * one chunk of a stream has after the other (open.c): then `first_row` is truth as well. */
 typedef struct shml_chunk {
-    uint64_t first_row; /* written by format only */
+    uint64_t first_row; /* written by format only; open sets: an id, by claim_open under the mutex; UINT64_MAX: none */
     uint32_t num_rows;  /* written by format only */
     _Atomic uint32_t word;
     uint32_t unit;                  /* written by format only: the index of its unit's first chunk */
@@ -138,19 +138,27 @@ _Static_assert(sizeof(shml_desc_t) == 64, "a descriptor is a cache line");
 
 enum { SHML_ORDER_FREE = 0, SHML_ORDER_LIVE = 1 };
 
-/* An order. Written under the mutex by who begins and ends it, or reaps that client. */
+/* An order. Written under the mutex by who begins, joins, finishes and ends it, or reaps a client that did. */
 typedef struct shml_order {
     _Atomic uint32_t state; /* truth, stored last */
-    uint32_t gen;           /* +1 each time the slot is given away */
+    uint32_t gen;           /* +1, or more in an open set, each time the slot is given away */
     uint32_t kind, rank, world_size, drop_last;
-    int32_t owner; /* slot of the client that began it */
-    uint32_t reserved;
-    uint64_t seed, epoch, num_positions;
-    uint64_t low_water; /* derived: the least mark of living clients that have one; where it was while nobody has */
+    int32_t owner;        /* slot of the client that began it; joined: that it was begun for */
+    uint32_t num_readers; /* of a joined order; 0: begun by a sampler */
+    uint64_t seed, epoch;
+    uint64_t num_positions; /* truth; who finishes a joined order lowers it */
+    /* Derived: the least mark of living clients that have one, where it was while nobody has; joined: 0 until all
+     * readers have joined. */
+    uint64_t low_water;
+    uint64_t key;                           /* of a joined order */
+    uint64_t joined[SHML_MAX_READERS / 64]; /* truth: bit `reader` is 1 once that reader has joined, and stays so */
+    uint32_t is_finished;                   /* num_positions was told by who came to the stream's end */
+    uint32_t reserved[5];
 } shml_order_t;
-_Static_assert(sizeof(shml_order_t) == 64, "layout");
+_Static_assert(sizeof(shml_order_t) == 128, "an order is two cache lines");
 /* Marks: marks[order][client] is 0 while the client has not read in that order, else 1 + its mark. Written under the
- * mutex, by that client, and to 0 by who begins the order or reaps the client.
+ * mutex, by that client, and to 0 by who begins the order or reaps the client. In a joined order a client has one from
+ * joining to leaving, it only grows, and with the last of them the order ends.
  * Read: bit `position % SHML_READ_POSITIONS` is 1 if that position, at or above low_water, was read. Written under the mutex
  * by its reader; a hint, which keeps services from making again what was read and evicted: a bit that a kill leaves
  * wrong costs a decoding in vain, or a reader's waiting for what was not made ahead. */
@@ -186,6 +194,7 @@ struct shml_control {
     uint64_t pid_namespace;
     uint64_t control_bytes, ring_bytes, num_records, record_bytes, raw_budget_bytes, spill_bytes;
     uint32_t max_clients, num_chunks, num_descs, num_buckets;
+    uint32_t rows_per_chunk, chunks_per_order; /* of an open set; else 0 */
     uint64_t clients_at, wants_at, orders_at, marks_at, read_at, texts_at, chunks_at, descs_at, pins_at, buckets_at,
         reads_at;
 
@@ -271,6 +280,7 @@ static inline uint32_t shml_word_slot(uint32_t word) { return word >> 16; }
 /* Where its region has memory, or will have unless it is refused. */
 static inline uint64_t shml_limit(const shml_region_t *r) { return r->frozen ? r->backed_end : r->end; }
 static inline int shml_is_sample(uint64_t id) { return id < SHML_RAW; }
+static inline int shml_is_open(const shml_control_t *c) { return c->rows_per_chunk != 0; }
 static inline int shml_is_resident(const shml_control_t *c, uint64_t offset)
 {
     return offset < c->regions[SHML_RESIDENT].end;
@@ -333,6 +343,7 @@ void shml_link(shml_control_t *c, uint32_t index);
 int shml_unlink(shml_control_t *c, uint32_t index);
 int64_t shml_pop(shml_control_t *c, uint32_t *list);    /* the first of a list, out of it; -1: damaged */
 int64_t shml_desc_take(shml_seg_t *seg);                /* a FREE descriptor, out of the list; FULL, POISONED */
+int shml_has_desc(const shml_control_t *c);             /* is there one? */
 void shml_desc_give(shml_control_t *c, uint32_t index); /* into the list of FREE ones */
 void shml_desc_set(shml_control_t *c, shml_desc_t *desc, uint32_t state);   /* store the state and count again */
 void shml_desc_count(shml_control_t *c, const shml_desc_t *desc, int sign); /* what it counts for, in or out */
@@ -357,6 +368,9 @@ int shml_region_search(shml_seg_t *seg, uint32_t region, uint64_t num_bytes, int
 int shml_region_evict(shml_seg_t *seg, const shml_spot_t *spot, uint64_t num_bytes); /* what lies where it goes */
 void shml_region_insert(shml_control_t *c, const shml_spot_t *spot, uint32_t index);
 int shml_is_evictable(shml_control_t *c, uint32_t index, int urgent); /* a block of transit or raw */
+int shml_is_pinned(shml_control_t *c, uint32_t index);
+/* Out of descriptors: evict some blocks of transit, softest first. Whether there is a free descriptor now. */
+int shml_region_spare(shml_seg_t *seg, int urgent);
 void shml_region_tell(shml_seg_t *seg);                  /* what was just written may be evicted: tell the services */
 int shml_region_clear(shml_seg_t *seg, uint32_t region); /* evict all; 0: something is in use, nothing was done */
 /* ring.c */
@@ -364,10 +378,15 @@ int shml_desc_hole(shml_seg_t *seg, uint32_t index); /* RESERVED -> HOLE or free
 /* claim.c: what the client in `slot` claimed or reserved, when it is gone */
 int shml_desc_lose(shml_seg_t *seg, uint32_t index, int is_own_death);
 int shml_claims_release(shml_seg_t *seg, uint32_t slot, int is_own_death);
+int shml_row_forget(shml_seg_t *seg, uint32_t index); /* a row without a block is nowhere again; in a bracket */
 /* chunk.c */
 /* The chunks of a claimant that is gone: to do again; with `is_own_death` one more death on their record. */
 void shml_chunk_release(shml_seg_t *seg, uint32_t slot, int is_own_death);
-int32_t shml_chunk_of(shml_control_t *c, uint64_t id);  /* -1: none */
+int32_t shml_chunk_of(shml_control_t *c, uint64_t id); /* -1: none */
+int shml_chunk_take(shml_seg_t *seg, uint32_t chunk);  /* shml_chunk_claim, with the mutex */
+/* By another than the client in `slot`. */
+int shml_chunk_unit_is_taken(shml_control_t *c, uint32_t chunk, uint32_t slot);
+void shml_chunk_renew(shml_seg_t *seg, uint32_t chunk); /* TODO, nobody has died over it */
 uint64_t shml_chunk_promise(const shml_chunk_t *chunk); /* what of promised_rows is its */
 /* Have the chunk's rows STAY, if resident is not promised away; whether they do. */
 int shml_chunk_stay(shml_seg_t *seg, uint32_t chunk);
@@ -391,16 +410,38 @@ int shml_look_up(shml_seg_t *seg, uint64_t id, shml_ref_t *ref);
 uint32_t shml_guest_num_wants(const shml_control_t *c); /* of guest_wants, empty places included */
 /* They are there, or will never come: out of the guests' wants; wakes the guests if there were any. */
 void shml_guests_met(shml_seg_t *seg, uint64_t first, uint64_t n);
-void shml_guests_wake(shml_seg_t *seg); /* needs no mutex */
+void shml_guests_wake(shml_seg_t *seg);              /* needs no mutex */
+int shml_is_awaited(shml_control_t *c, uint64_t id); /* is it in somebody's want-list? */
 /* pin.c */
 int shml_pin_refs(shml_seg_t *seg, uint32_t slot, shml_ref_t *refs, uint32_t n); /* those in transit and raw */
 void shml_pins_clear(shml_seg_t *seg, uint32_t slot);                            /* of a dead client */
 int shml_pins_keep(shml_seg_t *seg, uint32_t slot); /* leaving: 1 if it has pins, so that the slot stays */
 /* order.c */
+shml_order_t *shml_order_living(shml_control_t *c, uint32_t slot, uint32_t gen); /* NULL: it has ended */
+/* The steps of a beginning, in a bracket of the caller's: a FREE slot, filled but not LIVE (or FULL); then LIVE. */
+int shml_order_fill(shml_seg_t *seg, const shml_order_info_t *order, int32_t owner);
+void shml_order_start(shml_seg_t *seg, uint32_t slot);
+void shml_order_tell(const shml_control_t *c, uint32_t slot, shml_order_info_t *order);
+void shml_order_stop(shml_seg_t *seg, uint32_t slot); /* end it */
+/* Give the client in `slot` this mark + 1, or 0: none; with the last of a joined order that ends. */
+void shml_mark_store(shml_seg_t *seg, uint32_t order, uint32_t slot, uint64_t value);
 void shml_mark_set(shml_seg_t *seg, uint32_t slot, const shml_place_t *place, uint64_t mark);
 void shml_orders_release(shml_seg_t *seg, uint32_t slot);       /* the orders and marks of a client that is gone */
 uint64_t shml_low_water(shml_control_t *c, uint32_t order);     /* what it must be */
 int shml_is_read(shml_control_t *c, const shml_stamp_t *stamp); /* the position before stamp->until */
+int shml_has_marks(shml_control_t *c, uint32_t order);          /* of living clients */
+/* join.c */
+int shml_is_whole(const shml_order_t *order); /* have all its readers joined? 1 if it is not a joined one */
+/* open.c */
+int32_t shml_open_chunk_of(shml_control_t *c, uint64_t id); /* the place whose chunk has this row now; -1: none */
+/* Will row `id` ever be made? GONE: of no living order; AT_END: its order ends before it. In closed sets always. */
+enum { SHML_ROW_COMES, SHML_ROW_GONE, SHML_ROW_AT_END };
+int shml_row_comes(shml_control_t *c, uint64_t id);
+/* Before order `slot` begins with generation `gen`; closed sets: nothing. FULL: ids of that generation are in use. */
+int shml_open_renew(shml_seg_t *seg, uint32_t slot, uint32_t gen);
+/* Will no row of the place's chunk be read any more? Such a place may be given away. */
+int shml_open_is_spent(shml_control_t *c, uint32_t index);
+int shml_open_place_is_good(shml_control_t *c, uint32_t index); /* for shml_check */
 
 #define SHML_POISON(seg) shml_poison((seg), __LINE__)
 static inline uint64_t shml_align(uint64_t n) { return (n + (SHML_ALIGN - 1)) & ~(uint64_t)(SHML_ALIGN - 1); }

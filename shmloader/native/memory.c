@@ -348,7 +348,7 @@ int shml_raw_release(shml_seg_t *seg, int fd)
     shml_control_t *c = seg->control;
     shml_region_t *r = &c->regions[SHML_RAW_REGION];
     uint64_t backed_end = r->backed_end;
-    if (c->chunks_done + c->chunks_broken == c->num_chunks && backed_end > r->begin)
+    if (c->chunks_done + c->chunks_broken == c->num_chunks && backed_end > r->begin && !shml_is_open(c))
         rc = shml_region_clear(seg, SHML_RAW_REGION);
     if (rc == 1) {
         SHML_FP("memory.release.cleared");

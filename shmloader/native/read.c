@@ -10,11 +10,16 @@ int shml_look_up(shml_seg_t *seg, uint64_t id, shml_ref_t *ref)
 {
     shml_control_t *c = seg->control;
     int status;
+    *ref = (shml_ref_t){.status = SHML_REF_MISSING, .chunk = UINT32_MAX};
+    int comes = shml_row_comes(c, id);
+    if (comes != SHML_ROW_COMES) {
+        ref->status = comes == SHML_ROW_AT_END ? SHML_REF_END : SHML_REF_MISSING;
+        return SHML_OK;
+    }
     const shml_desc_t *desc = shml_find(seg, id, &status);
     if (status != SHML_OK)
         return status;
     uint32_t state = desc != NULL ? desc->state : SHML_DESC_FREE;
-    *ref = (shml_ref_t){.status = SHML_REF_MISSING, .chunk = UINT32_MAX};
     if (shml_is_there(state)) {
         if (desc->offset > c->ring_bytes || desc->num_bytes > c->ring_bytes - desc->offset)
             return SHML_POISON(seg);
@@ -114,6 +119,10 @@ int shml_get_many(shml_seg_t *seg, const uint64_t *ids, uint32_t n, int flags, c
 static int look(shml_seg_t *seg, uint64_t id, const shml_stamp_t *stamp, uint8_t *row)
 {
     shml_control_t *c = seg->control;
+    if (shml_row_comes(c, id) != SHML_ROW_COMES) {
+        *row = SHML_ROW_FINAL;
+        return SHML_OK;
+    }
     int status;
     shml_desc_t *desc = shml_find(seg, id, &status);
     uint32_t state = desc != NULL ? desc->state : SHML_DESC_FREE;
@@ -142,6 +151,19 @@ static int look(shml_seg_t *seg, uint64_t id, const shml_stamp_t *stamp, uint8_t
 
 /* So many ids are looked up in one critical section: some 3 us. */
 #define LOOK_STEP 1024u
+
+int shml_row_chunks(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint32_t *chunks)
+{
+    for (uint32_t i = 0; i < n;) {
+        int status = shml_lock(seg);
+        if (status != SHML_OK)
+            return status;
+        for (uint32_t end = n - i < LOOK_STEP ? n : i + LOOK_STEP; i < end; i++)
+            chunks[i] = (uint32_t)shml_chunk_of(seg->control, ids[i]); /* -1: UINT32_MAX */
+        shml_unlock(seg);
+    }
+    return SHML_OK;
+}
 
 int shml_look(shml_seg_t *seg, const uint64_t *ids, uint32_t n, const shml_stamp_t *stamp, uint8_t *rows)
 {

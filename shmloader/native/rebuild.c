@@ -167,6 +167,11 @@ static void rebuild_orders(shml_control_t *c)
         shml_order_t *order = &shml_order_table(c)[i];
         if (order->state != SHML_ORDER_LIVE)
             continue;
+        if (order->num_readers > 0 && !shml_has_marks(c, i)) { /* the last of them had left */
+            atomic_store_explicit(&order->state, SHML_ORDER_FREE, memory_order_release);
+            SHML_FP("rebuild.orders.ended");
+            continue;
+        }
         num_orders++;
         order->low_water = shml_low_water(c, i);
         SHML_FP("rebuild.orders.low_water");

@@ -17,7 +17,7 @@
  *   while evicting                          some of the run's blocks FREE, `dirty`       rebuild
  *   after evicting, before RESERVED         a gap, `dirty`                               rebuild
  *   while inserting, after RESERVED         RESERVED, not in the list                    rebuild, then reap: a HOLE
- *   in shml_region_clear                    some of the blocks FREE, `dirty`             rebuild
+ *   in shml_region_clear, _spare            some of the blocks FREE, `dirty`             rebuild
  */
 #include "failpoint.h"
 #include "layout.h"
@@ -25,7 +25,7 @@
 /* Some 50 us with two cache misses a block (derived, not measured). */
 #define SEARCH_STEP 1024
 
-static int is_pinned(shml_control_t *c, uint32_t index)
+int shml_is_pinned(shml_control_t *c, uint32_t index)
 {
 #ifdef SHML_BREAK_PINS /* defined by a negative control of the tests: the suites must then fail */
     (void)c, (void)index;
@@ -39,20 +39,28 @@ static int is_pinned(shml_control_t *c, uint32_t index)
 #endif
 }
 
+/* In an open set chunks go, and nobody asks any more why they broke. */
+static int is_error_spent(shml_control_t *c, uint64_t id)
+{
+    return id - SHML_CHUNK_ERROR < c->num_chunks && shml_open_is_spent(c, (uint32_t)(id - SHML_CHUNK_ERROR));
+}
+
 int shml_is_evictable(shml_control_t *c, uint32_t index, int urgent)
 {
     const shml_desc_t *desc = &shml_descs(c)[index];
     if (desc->state == SHML_DESC_HOLE)
         return 1;
-    if (!shml_is_there(desc->state) || desc->id >= SHML_CHUNK_ERROR)
+    if (!shml_is_there(desc->state))
         return 0;
-    if (!shml_is_sample(desc->id)) {
+    if (desc->id >= SHML_CHUNK_ERROR && !(shml_is_open(c) && is_error_spent(c, desc->id)))
+        return 0;
+    if (!shml_is_sample(desc->id) && desc->id < SHML_CHUNK_ERROR) {
         uint64_t chunk = desc->id - SHML_RAW;
         uint32_t word = chunk < c->num_chunks ? shml_chunks(c)[chunk].word : 0;
         if ((word & SHML_CHUNK_STAYS) && shml_word_state(word) <= SHML_CHUNK_CLAIMED)
             return 0;
     }
-    return !is_pinned(c, index) && !shml_is_wanted(c, desc) && (urgent || !shml_is_ordered(c, desc));
+    return !shml_is_pinned(c, index) && !shml_is_wanted(c, desc) && (urgent || !shml_is_ordered(c, desc));
 }
 
 /* Can the search still go on behind this block, or was it evicted meanwhile? */
@@ -92,7 +100,7 @@ static int walk(shml_seg_t *seg, shml_region_t *r, uint64_t num_bytes, uint64_t 
 {
     shml_control_t *c = seg->control;
     const shml_desc_t *descs = shml_descs(c);
-    int has_desc = search->has_own || c->free_list != 0 || c->desc_end < c->num_descs;
+    int has_desc = search->has_own || shml_has_desc(c);
     if (!search->is_begun && begin_lap(seg, r, search) != SHML_OK)
         return SHML_E_POISONED;
     if (search->before != 0 && !is_still_there(c, r, search))
@@ -134,7 +142,7 @@ int shml_region_search(shml_seg_t *seg, uint32_t region, uint64_t num_bytes, int
     shml_control_t *c = seg->control;
     shml_region_t *r = &c->regions[region];
     uint64_t limit = shml_limit(r), grown = region == SHML_TRANSIT ? limit : r->begin + c->raw_budget_bytes;
-    int status = SHML_E_FULL, has_desc = search->has_own || c->free_list != 0 || c->desc_end < c->num_descs;
+    int status = SHML_E_FULL, has_desc = search->has_own || shml_has_desc(c);
     grown = grown < limit ? grown : limit;
     /* Without a descriptor something must give way: HOLEs, if many were left. */
     if (has_desc && r->head <= grown && num_bytes <= grown - r->head) {
@@ -203,6 +211,56 @@ int shml_region_evict(shml_seg_t *seg, const shml_spot_t *spot, uint64_t num_byt
             return status;
     }
     return SHML_OK;
+}
+
+/* Evict up to `max` blocks of transit, from the cursor on, behind which the oldest are. */
+static int evict_some(shml_seg_t *seg, uint32_t max, int urgent)
+{
+    shml_control_t *c = seg->control;
+    shml_region_t *r = &c->regions[SHML_TRANSIT];
+    const shml_desc_t *descs = shml_descs(c);
+    uint32_t steps = 0;
+    shml_search_t search = {0};
+    if (r->cursor > c->num_descs)
+        return SHML_POISON(seg);
+    stop_at(c, &search, r->cursor);
+    uint32_t before = search.before != 0 && is_still_there(c, r, &search) ? search.before : 0;
+    for (int lap = 0; lap < 2; lap++, before = 0) {
+        while (max > 0) {
+            uint32_t at = before != 0 ? descs[before - 1].after : r->first;
+            if (at == 0)
+                break;
+            if (at > c->num_descs || steps++ > 2 * c->num_descs)
+                return SHML_POISON(seg);
+            if (!shml_is_evictable(c, at - 1, urgent)) {
+                before = at;
+                continue;
+            }
+            shml_spot_t spot = {.offset = descs[at - 1].offset, .region = SHML_TRANSIT, .before = before};
+            int status = shml_region_evict(seg, &spot, descs[at - 1].num_bytes);
+            if (status != SHML_OK)
+                return status;
+            max--;
+        }
+    }
+    return SHML_OK;
+}
+
+/* So many of those that nobody needs are evicted at once, since looking for one may pass all blocks (guessed). */
+#define SPARE_BLOCKS 64
+
+int shml_region_spare(shml_seg_t *seg, int urgent)
+{
+    shml_control_t *c = seg->control;
+    uint32_t was = shml_begin_change(c);
+    SHML_FP("region.spare.dirty");
+    int status = evict_some(seg, SPARE_BLOCKS, 0);
+    if (status == SHML_OK && urgent && !shml_has_desc(c))
+        status = evict_some(seg, 1, 1);
+    if (status == SHML_E_POISONED)
+        return status;
+    shml_end_change(c, was);
+    return shml_has_desc(c);
 }
 
 void shml_region_insert(shml_control_t *c, const shml_spot_t *spot, uint32_t index)

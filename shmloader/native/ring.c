@@ -225,6 +225,8 @@ static int reserve_locked(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, cons
     int is_claimed = own != NULL && own->state == SHML_DESC_CLAIMED && own->owner == (uint16_t)seg->self;
     if (own != NULL && !is_claimed && own->state != SHML_DESC_SUSPECT)
         return SHML_E_EXISTS;
+    if (own == NULL && !shml_has_desc(c) && shml_region_spare(seg, urgent) < 0)
+        return SHML_E_POISONED;
     status = find_spot(seg, id, num_bytes, urgent, search, &spot);
     if (status == SHML_E_EXTEND)
         *ticket = (shml_ticket_t){spot.offset, num_bytes, spot.region, 0};

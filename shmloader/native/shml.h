@@ -47,6 +47,9 @@ enum shml_status {
 /* Bound on every wait: a wake that was lost with its killed sender delays by this much, no more. */
 #define SHML_TICK_MS  100u
 #define SHML_MAX_RANK 6
+/* Orders that live at once; readers of a joined one. */
+#define SHML_MAX_ORDERS  64u
+#define SHML_MAX_READERS 256u
 
 typedef struct shml_control shml_control_t;
 typedef struct shml_client shml_client_t;
@@ -109,6 +112,10 @@ typedef struct shml_config {
     uint32_t num_chunks;
     uint64_t record_bytes; /* of every sample, about; 0: not known. For what is promised before the first is there */
     uint64_t spill_bytes;  /* of the file for encoded chunks on disk; a multiple of 4096, 0: there is none */
+    /* Not 0: an open set (open.c), of streams whose end is not known; each order's is cut into chunks of so many rows.
+     * num_chunks is then SHML_MAX_ORDERS times the chunks that an order has places for, at least 2; num_records is how
+     * many samples may be there at once; and resident_bytes is 0, transit_bytes is not. */
+    uint32_t rows_per_chunk;
     uint8_t uuid[16];
     uint8_t boot_id[16];
     uint64_t pid_namespace; /* inode of /proc/self/ns/pid */
@@ -119,8 +126,8 @@ uint64_t shml_control_bytes(const shml_config_t *config);
 
 /* Make a segment in `control` (zeroed, shml_control_bytes long). Chunks are given as arrays of
  * config->num_chunks first rows (ascending, contiguous), row counts and units: units[i] is the index of the first
- * chunk of i's unit (ascending), whose chunks one client reads one after the other. The magic is stored last, so
- * whoever attaches early gets SHML_E_LAYOUT. */
+ * chunk of i's unit (ascending), whose chunks one client reads one after the other. An open set has none of these
+ * (NULL). The magic is stored last, so whoever attaches early gets SHML_E_LAYOUT. */
 int shml_control_format(void *control, uint64_t bytes, const shml_config_t *config, const uint64_t *first_rows,
                         const uint32_t *num_rows, const uint32_t *units);
 
@@ -180,7 +187,8 @@ typedef struct shml_ticket { /* a reservation; only the reserving process may wr
 } shml_ticket_t;
 
 /* Ids from SHML_RAW up are not samples: SHML_RAW | chunk is an encoded chunk (in the raw region), and
- * SHML_CHUNK_ERROR | chunk is the JSON of why a chunk is broken (never evicted). */
+ * SHML_CHUNK_ERROR | chunk is the JSON of why a chunk is broken (never evicted; in open sets while its rows may be
+ * read). */
 #define SHML_RAW         (UINT64_C(1) << 62)
 #define SHML_CHUNK_ERROR (UINT64_C(1) << 63)
 
@@ -190,6 +198,7 @@ enum shml_ref_status {
     SHML_REF_MISSING = 2, /* not there yet, or not any more */
     SHML_REF_BROKEN = 3,  /* will not come: its chunk was set aside or could not be read */
     SHML_REF_ASIDE = 4,   /* will not come: SHML_MAX_ATTEMPTS prefetchers died over this very row */
+    SHML_REF_END = 5,     /* will not come: its order has fewer positions (open sets) */
 };
 
 typedef struct shml_ref { /* where a record lies; valid while it is resident or pinned */
@@ -212,8 +221,9 @@ typedef struct shml_stamp {
 /* Take rows to decode: got[i] = 1 where ids[i] is nowhere yet and now is this client's (CLAIMED), else 0. A row over
  * which a client died (SUSPECT) is only had alone (n == 1), so that it can take no others with it. A claim ends with
  * shml_commit, shml_abort, shml_unclaim_rows or this client's death, which makes the row SUSPECT, and after
- * SHML_MAX_ATTEMPTS deaths sets it ASIDE. Rows of broken chunks are not had. INVAL: an id is none of a row; FULL: there
- * is no descriptor left (got tells what was claimed all the same). */
+ * SHML_MAX_ATTEMPTS deaths sets it ASIDE. Rows of broken chunks are not had, nor in open sets what will not come.
+ * INVAL: an id is none of a row; FULL: there is no descriptor left, and nothing gives way to the row (got tells what
+ * was claimed all the same). */
 int shml_claim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint8_t *got);
 int shml_unclaim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n); /* those that still are CLAIMED by us */
 
@@ -283,7 +293,7 @@ enum shml_row {
     SHML_ROW_SUSPECT = 1, /* missing, and a prefetcher died over it */
     SHML_ROW_WORK = 2,    /* claimed or reserved */
     SHML_ROW_TRANSIT = 3, /* there, for now */
-    SHML_ROW_FINAL = 4,   /* resident, set aside, or of a broken chunk: nothing to do, ever */
+    SHML_ROW_FINAL = 4, /* resident, aside, of a broken chunk, of no living order or at its end: nothing to do, ever */
 };
 /* What there is of each id. With `stamp`, ids[i] is the row at position stamp->until + i - 1 of an order: FINAL also if it
  * was read there, whatever became of it since; and what is in transit and no living order needs any more is stamped
@@ -323,7 +333,7 @@ void shml_guest_wait(shml_seg_t *seg, uint32_t seen, uint32_t timeout_ms);
 int shml_chunk_look(shml_seg_t *seg, const uint32_t *chunks, uint32_t n, uint8_t *states);
 /* Take a chunk to fetch. Decides whether its rows STAY: while the resident region is not promised away.
  * EXISTS: its raw record is there, or it is spilled. STALE: another has it, or reads its unit. NOTFOUND: it is done or
- * broken. */
+ * broken. INVAL: no such chunk, or an open set (shml_chunk_claim_open). */
 int shml_chunk_claim(shml_seg_t *seg, uint32_t chunk);
 /* The claim's end: fetched (its raw record is committed, or it is spilled), given up for now (0), or it cannot be read
  * (broken: the JSON of the reason is record SHML_CHUNK_ERROR | chunk, if there was room). A chunk becomes DONE by
@@ -367,8 +377,34 @@ void shml_count_fetched(shml_seg_t *seg, uint64_t num_bytes);
 /* Count time spent making samples. */
 void shml_count_decoding(shml_seg_t *seg, uint64_t ns);
 
+/* The chunk of each id as a number, UINT32_MAX: none. */
+int shml_row_chunks(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint32_t *chunks);
+
 /* ---------------------------------------------------------------------------------------------------- *
- * Orders (order.c): what will be read, as far as it is known
+ * Open sets (open.c): streams whose end is not known
+ * ---------------------------------------------------------------------------------------------------- */
+/* A row is a position of one order: SHML_POSITION_BITS of position, 6 bits of the order's slot, 16 of its generation.
+ * Of an order that does not live it is MISSING and nobody makes it; at or beyond the order's num_positions it is at the
+ * END. */
+#define SHML_POSITION_BITS 40u
+#define SHML_MAX_POSITION  ((UINT64_C(1) << SHML_POSITION_BITS) - 1) /* also num_positions where the end is not known */
+static inline uint64_t shml_open_id(uint32_t slot, uint32_t gen, uint64_t position)
+{
+    return (uint64_t)(gen & 0xffffu) << (SHML_POSITION_BITS + 6) | (uint64_t)slot << SHML_POSITION_BITS | position;
+}
+/* Give chunk `number` (the rows from position number * rows_per_chunk on) of a living order its place, whose index is
+ * *chunk, and claim it as shml_chunk_claim does. What had the place goes, with all that belongs to it: the raw and the
+ * error record, rows that are suspect or aside. EXISTS: its raw record is there. STALE: no such living order, or
+ * another client has the chunk, or reads the order's stream. NOTFOUND: it is done, broken, wholly consumed, or at the
+ * end. FULL: the place is in use: by a chunk of this order that is not consumed (and be it still to be fetched), by who
+ * fetches another, by a record of it that is pinned or being written. */
+int shml_chunk_claim_open(shml_seg_t *seg, uint32_t slot, uint32_t gen, uint64_t number, uint32_t *chunk);
+/* The id of the first row of the chunk that has this place now, UINT64_MAX: none. While the place's raw record is
+ * pinned it stays so: pin, then compare. */
+int shml_chunk_first(shml_seg_t *seg, uint32_t chunk, uint64_t *first_row);
+
+/* ---------------------------------------------------------------------------------------------------- *
+ * Orders (order.c, join.c): what will be read, as far as it is known
  * ---------------------------------------------------------------------------------------------------- */
 typedef struct shml_order_info {
     uint64_t seed, epoch, num_positions;
@@ -376,12 +412,33 @@ typedef struct shml_order_info {
     /* Told by shml_orders: */
     uint32_t slot, gen;
     uint64_t low_water; /* the least mark of its living readers, or the last there was: positions below are consumed */
+    uint32_t num_readers; /* of a joined order; 0: begun by shml_order_begin */
+    uint32_t is_finished;
 } shml_order_info_t;
 /* Begin an order; it lives until shml_order_end, or until this client is gone. FULL: SHML_MAX_ORDERS live. Sets slot,
  * gen.
  */
 int shml_order_begin(shml_seg_t *seg, shml_order_info_t *order);
 int shml_order_end(shml_seg_t *seg, uint32_t slot, uint32_t gen); /* STALE: it has ended */
+
+/* A joined order is one that `num_readers` clients share out: reader r reads the positions r, r + num_readers, ... */
+typedef struct shml_join {
+    uint64_t key; /* which order: the readers of one have the same */
+    uint32_t reader, num_readers;
+    int32_t owner; /* the client that it is read for: the order ends with it, and outlives the reader that came first */
+    uint32_t owner_gen;
+} shml_join_t;
+/* Join the order with this key, num_readers and owner that lives and lacks this reader; if there is none, begin it with
+ * order's seed, epoch, num_positions, kind. This client's mark is then `reader`: the first position that it has to
+ * read. *order: as the order lives. Until all readers have joined its low-water mark is 0; it ends when the last that
+ * has joined has left it or is gone. FULL: SHML_MAX_ORDERS live. INVAL: no such reader, the owner does not live, or
+ * this client reads in it already (as another reader). */
+int shml_order_join(shml_seg_t *seg, const shml_join_t *join, shml_order_info_t *order);
+int shml_order_leave(shml_seg_t *seg, uint32_t slot,
+                     uint32_t gen); /* STALE: this client does not read in it (any more) */
+/* Services: the stream has ended after so many positions, or fewer if that was known. Wakes who waits for what is
+ * beyond. STALE: no such joined order lives. */
+int shml_order_finish(shml_seg_t *seg, uint32_t slot, uint32_t gen, uint64_t num_positions);
 /* The living orders; at most `max`; returns how many. shml_num_orders: a guess without the mutex. */
 int shml_orders(shml_seg_t *seg, shml_order_info_t *orders, uint32_t max);
 uint32_t shml_num_orders(const shml_seg_t *seg);

@@ -67,6 +67,8 @@ int64_t shml_pop(shml_control_t *c, uint32_t *list)
     return index;
 }
 
+int shml_has_desc(const shml_control_t *c) { return c->free_list != 0 || c->desc_end < c->num_descs; }
+
 int64_t shml_desc_take(shml_seg_t *seg)
 {
     shml_control_t *c = seg->control;

@@ -81,6 +81,20 @@ void shml_wants_press(shml_seg_t *seg)
             shml_wake_client(seg, &clients[slot]);
 }
 
+int shml_is_awaited(shml_control_t *c, uint64_t id)
+{
+    const shml_client_t *clients = shml_clients(c);
+    for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
+        if (!may_want(&clients[slot], id))
+            continue;
+        const uint64_t *wants = shml_wants(c, slot);
+        for (uint32_t i = 0; i < num_wants(&clients[slot]); i++)
+            if (wants[i] == id)
+                return 1;
+    }
+    return 0;
+}
+
 /* Stamp as wanted by the client in `slot`, in the place of a stamp that holds no longer, if there is one. */
 static void stamp(shml_control_t *c, shml_desc_t *desc, uint32_t slot)
 {
@@ -194,7 +208,8 @@ int shml_wanted(shml_seg_t *seg, uint64_t *ids, uint32_t max)
         const uint64_t *wants = shml_want_list(c, list, &n);
         for (uint32_t i = 0; i < n && found < max && status == SHML_OK; i++) {
             const shml_desc_t *desc = shml_find(seg, wants[i], &status);
-            if (status != SHML_OK || !shml_is_sample(wants[i]) || (desc != NULL && desc->state != SHML_DESC_SUSPECT))
+            if (status != SHML_OK || !shml_is_sample(wants[i]) || (desc != NULL && desc->state != SHML_DESC_SUSPECT) ||
+                shml_row_comes(c, wants[i]) != SHML_ROW_COMES)
                 continue;
             if (chunk == NULL || wants[i] - chunk->first_row >= chunk->num_rows) { /* often that of the one before */
                 int32_t index = shml_chunk_of(c, wants[i]);

@@ -6,7 +6,6 @@ killed at any point, the rows that were claimed are claimed by another.
 
 from __future__ import annotations
 
-import bisect
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -80,13 +79,14 @@ class Decoder:
         pinned = self._store.pin(sorted({chunk for chunk, _ in task.rows}))
         num_rows = 0
         try:
-            there = [item for item in task.rows if item[0] in pinned.chunks]
+            there = [item for item in task.rows if pinned.holds(*item)]
             for row, i, begun in self._begun(batches_of(there, pinned)):
                 elapsed = time.monotonic() - began
                 # Of slow rows others may take their part.
                 if num_rows and not task.urgent and (elapsed > 5 * TASK_S or self._schedule.has_wanted()):
                     break
-                self._put(row, i, begun, task.stamps.get(row), task.urgent)
+                stamp = task.stamps.get(row)
+                self._put(row, i, begun, stamp, task.urgent and stamp is None)
                 left.discard(row)
                 num_rows += 1
         finally:
@@ -189,15 +189,11 @@ class Decoder:
         text, data = f"{type(error).__name__}: {error}", {}
         if isinstance(error, SampleError | RecordTooLargeError):
             kind, text, data = type(error), str(error), error.data
-        data = {**data, "source": self._plan.source.name, "shard": self._shard_of(row), "row": row}
-        placed = kind(f"{self._plan.describe(row)}: {text}", **data)
+        plan = self._plan
+        data = {**data, "source": plan.source.name, "shard": plan.shard(row), "row": plan.number(row)}
+        placed = kind(f"{plan.describe(row)}: {text}", **data)
         placed.__cause__ = error
         return placed
-
-    def _shard_of(self, row: int) -> str | None:
-        source = self._plan.source
-        at = bisect.bisect_right(source.chunks, row, key=lambda chunk: chunk.first_row) - 1
-        return source.shards[source.chunks[at].shard] if source.shards else None
 
     def _agree(self) -> bool:
         """Have a schema; the first prefetcher that has processed a row decides it. False: it was this one."""

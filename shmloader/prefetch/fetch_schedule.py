@@ -15,6 +15,7 @@ from __future__ import annotations
 import enum
 from array import array
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from shmloader.order import Chunks, Kind
 from shmloader.permutation import Rows
 from shmloader.prefetch.lookahead import Pace, is_fillable
 from shmloader.prefetch.orders import FollowedOrders, Living
+from shmloader.sources.base import Chunk
 from shmloader.writer import Stamp
 
 #: Wanted chunks that are looked at.
@@ -47,17 +49,47 @@ class Why(enum.Enum):
 
 @dataclass(frozen=True)
 class Pick:
-    """A chunk that this process has claimed. stamp: until when its raw record is kept."""
+    """A chunk that this process has claimed. stamp: until when its raw record is kept.
+
+    rows: of an open set, what is to be read; None: the plan's chunk.
+    """
 
     chunk: int
     why: Why
     stamp: Stamp | None = None
     stays: bool = False
+    rows: Chunk | None = None
 
     @property
     def urgent(self) -> bool:
         """Somebody waits for it."""
         return self.why is Why.WANTED
+
+
+class Schedule(Protocol):
+    """What a fetcher asks: of the plan's chunks (`FetchSchedule`), or of streams (`StreamSchedule`)."""
+
+    wait_s: float
+
+    def next(self, can_hold: bool = True) -> Pick | None:
+        """The most urgent chunk that can be had, claimed."""
+        ...
+
+    def next_wanted(self) -> Pick | None:
+        """As `next`, only for what somebody waits for."""
+        ...
+
+    def read(self, chunk: int, is_whole: bool) -> None:
+        """The reader has read ``chunk``."""
+        ...
+
+    def waited_for(self) -> set[int]:
+        """The chunks of which somebody waits for rows."""
+        ...
+
+    def is_of_use(self, pick: Pick) -> bool:
+        """Whether what ``pick`` is fetched for still holds."""
+        ...
 
 
 class FetchSchedule:

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 import shmloader._native as native
 from shmloader.errors import RecordTooLargeError, RingError, ServiceError, ShmloaderError
-from shmloader.prefetch.fetch_schedule import FetchSchedule, Pick, Why
+from shmloader.prefetch.fetch_schedule import Pick, Schedule, Why
 from shmloader.prefetch.held import Held
 from shmloader.prefetch.lookahead import Pace
 from shmloader.prefetch.plan import SetPlan
@@ -54,7 +54,7 @@ class Fetcher:
         plan: SetPlan,
         reader: Reader,
         store: RawStore,
-        schedule: FetchSchedule,
+        schedule: Schedule,
         most_held_bytes: int,
     ) -> None:
         self._segment, self._writer, self._store, self._schedule = segment, writer, store, schedule
@@ -62,7 +62,7 @@ class Fetcher:
         self._waiting: _Fetched | None = None
         self._held = Held(segment, most_held_bytes)
         source = plan.source
-        self._refetches = Refetches(segment, source.name, source.num_rows, len(source.chunks), store.describe_disk)
+        self._refetches = Refetches(segment, source.name, source.num_rows or 0, len(source.chunks), store.describe_disk)
         self._is_stopped = threading.Event()
         # A daemon: the process must be able to end while a read hangs in the network.
         self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
@@ -130,7 +130,7 @@ class Fetcher:
 
     def _fetch(self, pick: Pick) -> bool:
         """Read the chunk and put it; False: it has no room, and waits for it."""
-        chunk = self._plan.source.chunks[pick.chunk]
+        chunk = self._chunk_of(pick)
         try:
             batches = self._read(chunk)
         except RingError:
@@ -138,9 +138,12 @@ class Fetcher:
         except Exception as error:
             log.error("chunk %d: %s", pick.chunk, error, exc_info=not isinstance(error, ShmloaderError))
             self._schedule.read(pick.chunk, False)
-            self._give_up_for_ever(pick.chunk, error)
+            self._give_up_for_ever(pick, error)
             return True
         self._schedule.read(pick.chunk, True)
+        if pick.rows is not None and not batches:  # the stream had ended before it
+            self._segment.chunk_end(pick.chunk, native.FETCH_GIVEN_UP)
+            return True
         self._segment.count_fetched(sum(batch.nbytes for batch in batches))
         fetched = _Fetched(pick, batches)
         if self._put(fetched, is_first=True):
@@ -179,10 +182,10 @@ class Fetcher:
             return False
         except pa.ArrowException as error:  # what was read cannot be written
             log.error("chunk %d", pick.chunk, exc_info=True)
-            self._give_up_for_ever(pick.chunk, error)
+            self._give_up_for_ever(pick, error)
             return True
         except RecordTooLargeError as error:
-            raise self._too_large(pick.chunk, error) from error
+            raise self._too_large(pick, error) from error
         if pick.urgent and not pick.stays and pick.stamp is None:
             self._held.add(pick.chunk, num_bytes)
         self._end(pick)
@@ -196,8 +199,11 @@ class Fetcher:
         self._segment.chunk_end(pick.chunk, native.FETCH_OK)
         self._refetches.note(pick.chunk, pick.urgent)
 
-    def _give_up_for_ever(self, index: int, error: Exception) -> None:
-        chunk = self._plan.source.chunks[index]
+    def _chunk_of(self, pick: Pick) -> Chunk:
+        return self._plan.source.chunks[pick.chunk] if pick.rows is None else pick.rows
+
+    def _give_up_for_ever(self, pick: Pick, error: Exception) -> None:
+        index, chunk = pick.chunk, self._chunk_of(pick)
         if not isinstance(error, ShmloaderError):
             told = ServiceError(
                 f"{self._plan.describe(chunk.first_row)} and the {chunk.num_rows - 1} after it cannot be read: "
@@ -212,8 +218,8 @@ class Fetcher:
             log.warning("no room for the reason why chunk %d is broken", index)
         self._segment.chunk_end(index, native.FETCH_BROKEN)
 
-    def _too_large(self, index: int, error: RecordTooLargeError) -> RecordTooLargeError:
-        chunk = self._plan.source.chunks[index]
+    def _too_large(self, pick: Pick, error: RecordTooLargeError) -> RecordTooLargeError:
+        chunk = self._chunk_of(pick)
         needed, have = error.data.get("needed_bytes", 0), error.data.get("have_bytes", 0)
         return RecordTooLargeError(
             f"{self._plan.describe(chunk.first_row)} and the {chunk.num_rows - 1} after it, which are read at once, "

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 import shmloader._native as native
 from shmloader.permutation import Rows
-from shmloader.prefetch.orders import Living
+from shmloader.prefetch.orders import Followed
 
 #: Ids of one look: the core holds its mutex for so many look-ups in the index.
 LOOK_ROWS = 1024
@@ -78,7 +78,7 @@ class Lookahead:
         """The first position that was not looked at yet."""
         return self.begin + len(self.rows)
 
-    def move(self, living: Living, most: int) -> bool:
+    def move(self, living: Followed, most: int) -> bool:
         """Go on to where the order is now; True if there is more to look at, in another call."""
         passed = living.low_water - self.begin
         if passed < 0 or passed > len(self.rows):
@@ -102,7 +102,7 @@ class Lookahead:
             self.rows, self.states = np.concatenate(rows), np.concatenate(states)
         return num_open < most and end < len(living.order)
 
-    def refresh(self, living: Living, start: int = 0, end: int | None = None) -> None:
+    def refresh(self, living: Followed, start: int = 0, end: int | None = None) -> None:
         """Look again at the window's rows [start, end): what was read meanwhile is final, though it is evicted."""
         end = len(self.rows) if end is None else end
         for at in range(start, end, LOOK_ROWS):

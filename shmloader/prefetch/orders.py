@@ -6,6 +6,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from shmloader.writer import Stamp
 
 def order_of(told: Sequence[int], chunks: Chunks, window_bytes: int) -> Order:
     """The order that `Segment.orders` told: what it gives beside slot and generation."""
-    seed, epoch, _, kind, rank, world_size, drop_last, _ = told
+    seed, epoch, _, kind, rank, world_size, drop_last, *_ = told
     return Order(
         chunks,
         Kind(kind),
@@ -28,6 +29,47 @@ def order_of(told: Sequence[int], chunks: Chunks, window_bytes: int) -> Order:
         drop_last=bool(drop_last),
         window_bytes=window_bytes,
     )
+
+
+class Positions(Protocol):
+    """Which row is at which position."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, start: int, stop: int) -> Rows:
+        """The rows at positions ``start`` to ``stop - 1``; what lies beyond the end is cut off."""
+        ...
+
+
+class Followed(Protocol):
+    """An order that somebody reads in, of a closed set (`Living`) or of an open one (`OpenLiving`)."""
+
+    @property
+    def low_water(self) -> int:
+        """All positions below are consumed."""
+        ...
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """What tells it from all other orders of the set."""
+        ...
+
+    @property
+    def order(self) -> Positions:
+        """The order itself."""
+        ...
+
+    def stamp(self, until: int) -> Stamp:
+        """Keeps a record until the order is at position ``until``."""
+        ...
+
+
+class Follows(Protocol):
+    """The orders of a set that live now."""
+
+    def now(self) -> Sequence[Followed]:
+        """Those that live."""
+        ...
 
 
 class Known:

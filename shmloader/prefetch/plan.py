@@ -7,10 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import shmloader._native as native
 from shmloader.order import Chunks
 from shmloader.prefetch.plan_file import Layout, read_parts, write_parts
 from shmloader.sample import Schema
 from shmloader.sources.base import SourcePlan
+from shmloader.sources.rows import BATCH_ROWS
+
+#: Positions of an open set's orders are below this, which also stands for an end that nobody knows.
+LAST_POSITION = (1 << native.POSITION_BITS) - 1
 
 
 @dataclass(frozen=True)
@@ -35,25 +40,36 @@ class SetPlan:
             np.array(source.chunk_bytes, np.int64),
         )
 
+    def number(self, row: int) -> int:
+        """The number of ``row`` in the source: in an open set that is its position, which the row's id ends in."""
+        return row & LAST_POSITION if self.source.is_open else row
+
+    def shard(self, row: int) -> str | None:
+        """The shard that ``row`` lies in; None: there are none."""
+        source = self.source
+        if not source.shards or source.is_open:
+            return source.shards[0] if source.shards else None
+        at = bisect.bisect_right(source.chunks, row, key=lambda chunk: chunk.first_row) - 1
+        return source.shards[source.chunks[at].shard]
+
     def describe(self, row: int) -> str:
         """Where ``row`` is to be found, for messages: source, split, shard and row."""
-        chunks = self.source.chunks
-        chunk = chunks[bisect.bisect_right(chunks, row, key=lambda c: c.first_row) - 1]
-        shard = self.source.shards[chunk.shard] if self.source.shards else "?"
-        return f"row {row} of {self.source.name!r} (split {self.source.split!r}, shard {shard!r})"
+        shard = self.shard(row) or "?"
+        return f"row {self.number(row)} of {self.source.name!r} (split {self.source.split!r}, shard {shard!r})"
 
 
 def write_plan(fd: int, plan: SetPlan) -> None:
     """Store ``plan`` in the (empty) plan memfd."""
     source, schema = plan.source, plan.schema
     layout = Layout(
-        num_rows=source.num_rows,
+        num_rows=source.num_rows or 0,
         chunks=[(chunk.first_row, chunk.num_rows) for chunk in source.chunks],
         units=list(source.units),
         chunk_bytes=list(source.chunk_bytes),
         record_bytes=None if schema is None else schema.record_bytes(),
         most_record_bytes=None if schema is None else schema.most_record_bytes(),
         window_bytes=plan.window_bytes,
+        rows_per_chunk=BATCH_ROWS if source.is_open else 0,
     )
     write_parts(fd, layout, source.to_json(), None if schema is None else schema.to_json())
 

@@ -21,6 +21,7 @@ class Layout:
     (estimated) encoded bytes. record_bytes: of every sample, None: they differ. most_record_bytes: no sample
     is larger, None: not known.
     window_bytes: encoded bytes of the chunks that an order shuffles among one another.
+    rows_per_chunk: of an open set, of whose rows and chunks nobody knows how many there are; else 0.
     """
 
     num_rows: int
@@ -30,6 +31,7 @@ class Layout:
     record_bytes: int | None
     most_record_bytes: int | None
     window_bytes: int
+    rows_per_chunk: int = 0
 
 
 def write_parts(fd: int, layout: Layout, source: str, schema: str | None) -> None:

@@ -26,26 +26,33 @@ import shmloader._native as native
 from shmloader import processors
 from shmloader.errors import ShmloaderError
 from shmloader.files import RingFiles
+from shmloader.prefetch.cut import ClosedCut, Cut, OpenCut, PlaceRows
 from shmloader.prefetch.decoder import Decoder
-from shmloader.prefetch.fetch_schedule import FetchSchedule
+from shmloader.prefetch.fetch_schedule import FetchSchedule, Schedule
 from shmloader.prefetch.fetcher import IDLE_MS, Fetcher
-from shmloader.prefetch.orders import FollowedOrders
+from shmloader.prefetch.open_orders import OpenOrders
+from shmloader.prefetch.orders import FollowedOrders, Follows
 from shmloader.prefetch.payload import read_work
 from shmloader.prefetch.plan import SetPlan, read_plan
 from shmloader.prefetch.schedule import DecodeSchedule
 from shmloader.prefetch.spill import Spill
-from shmloader.prefetch.store import RawStore
+from shmloader.prefetch.store import Lent, RawStore
+from shmloader.prefetch.stream_schedule import LendingReader, StreamSchedule
 from shmloader.processors.base import Processor
 from shmloader.ring import Ring
-from shmloader.sizes import raw_budget
+from shmloader.sizes import OPEN_AHEAD_BYTES, raw_budget
 from shmloader.sources import open_reader
-from shmloader.sources.base import Reader
+from shmloader.sources.base import OpenReader, Reader
+from shmloader.sources.rows import BATCH_ROWS
 from shmloader.writer import NoRoom, Writer
 
 log = logging.getLogger("shmloader.prefetcher")
 
 #: How long the fetching thread is waited for at the end: it may hang in a read.
 STOP_S = 1.0
+
+#: What differs between closed and open sets; the number is a budget in bytes.
+_Parts = tuple[Cut, Follows, RawStore, Schedule, Reader, int]
 
 
 class Prefetcher:
@@ -63,17 +70,37 @@ class Prefetcher:
         self.ring = ring
         self.segment = ring.segment
         self.writer = Writer(ring)
-        chunks = plan.chunks()
-        orders = FollowedOrders(self.segment, chunks, plan.window_bytes)
-        store = RawStore(ring, self.writer, plan.source.schema, chunks.first_rows.tolist(), spill)
+        if plan.source.is_open:
+            parts = self._follow_streams(plan, reader)
+        else:
+            parts = self._follow_chunks(plan, reader, spill)
+        cut, orders, store, fetching, reader, budget_bytes = parts
         record_bytes = None if plan.schema is None else plan.schema.record_bytes()
-        self.schedule = DecodeSchedule(self.segment, self.writer, chunks, orders, num_prefetchers, record_bytes)
+        self.schedule = DecodeSchedule(self.segment, self.writer, cut, orders, num_prefetchers, record_bytes)
         self.decoder = Decoder(ring, self.writer, plan, built, store, self.schedule)
-        units = np.array(plan.source.units, np.int64)
-        budget_bytes = raw_budget(plan.source.chunk_bytes, plan.window_bytes)
-        fetching = FetchSchedule(self.segment, chunks, units, orders, budget_bytes)
         held_bytes = budget_bytes // num_prefetchers
         self.fetcher = Fetcher(self.segment, self.writer, plan, reader, store, fetching, held_bytes)
+
+    def _follow_chunks(self, plan: SetPlan, reader: Reader, spill: Spill) -> _Parts:
+        """What is particular to a closed set: all its chunks are known."""
+        chunks = plan.chunks()
+        orders = FollowedOrders(self.segment, chunks, plan.window_bytes)
+        store = RawStore(self.ring, self.writer, plan.source.schema, chunks.first_rows.tolist(), spill=spill)
+        units = np.array(plan.source.units, np.int64)
+        budget_bytes = raw_budget(plan.source.chunk_bytes, plan.window_bytes)
+        schedule = FetchSchedule(self.segment, chunks, units, orders, budget_bytes)
+        return ClosedCut(self.segment, chunks), orders, store, schedule, reader, budget_bytes
+
+    def _follow_streams(self, plan: SetPlan, reader: Reader) -> _Parts:
+        """What is particular to an open set: streams, as many as there are iterations."""
+        assert isinstance(reader, OpenReader)
+        lent = Lent()
+        orders = OpenOrders(self.segment, BATCH_ROWS)
+        store = RawStore(self.ring, self.writer, plan.source.schema, PlaceRows(self.segment), lent)
+        chunk_bytes = BATCH_ROWS * plan.source.row_bytes
+        schedule = StreamSchedule(self.segment, orders, OPEN_AHEAD_BYTES, chunk_bytes, BATCH_ROWS, reader.keep)
+        lending = LendingReader(self.segment, reader, lent)
+        return OpenCut(self.segment, lent), orders, store, schedule, lending, OPEN_AHEAD_BYTES
 
     def run(self) -> bool:
         """Work until every chunk is done or broken, or nothing can be done any more. False: a read still hangs."""

@@ -16,14 +16,15 @@ TELL_AFTER = 32
 class Refetches:
     """What one prefetcher fetches on demand, while readers follow no order that is known.
 
-    name: of the source. describe_disk: says why what was fetched is not on disk.
+    name: of the source. num_chunks: 0 in an open set, whose readers all follow an order. describe_disk: says why what
+    was fetched is not on disk.
     """
 
     def __init__(
         self, segment: native.Segment, name: str, num_rows: int, num_chunks: int, describe_disk: Callable[[], str]
     ) -> None:
         self._segment, self._name, self._describe_disk = segment, name, describe_disk
-        self._mean_rows = num_rows / num_chunks
+        self._mean_rows = num_rows / max(num_chunks, 1)
         self._seen = np.zeros(num_chunks, bool)
         self._is_told = False
         self._forget()
@@ -35,6 +36,8 @@ class Refetches:
 
     def note(self, chunk: int, urgent: bool) -> None:
         """``chunk`` was fetched; urgent: somebody waits for it. Tells it, once in a set, if that is too often."""
+        if not len(self._seen):
+            return
         is_again, self._seen[chunk] = bool(self._seen[chunk]), True
         if self._is_told or not urgent or not is_again or self._segment.num_orders():
             return

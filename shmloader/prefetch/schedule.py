@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 import shmloader._native as native
-from shmloader.order import Chunks
 from shmloader.permutation import Rows
-from shmloader.prefetch.lookahead import IS_TO_DO, LOOK_ROWS, ChunkStates, Flags, Lookahead, Pace, is_fillable, look
-from shmloader.prefetch.orders import FollowedOrders, Living
+from shmloader.prefetch.cut import Cut, look_at_chunks
+from shmloader.prefetch.lookahead import IS_TO_DO, LOOK_ROWS, Lookahead, Pace, is_fillable, look
+from shmloader.prefetch.orders import Followed, Follows
 from shmloader.writer import Stamp, Writer
 
 #: Most wanted rows that are looked at: more than readers wait for at once.
@@ -41,7 +40,7 @@ _REFRESH_S = 1.0
 class Task:
     """Rows that this process has claimed.
 
-    rows: (chunk, row), sorted. stamps: of rows that an order needs. urgent: somebody waits for them.
+    rows: (chunk, row), sorted. stamps: of rows that an order needs. urgent: somebody waits for those without a stamp.
     """
 
     rows: list[tuple[int, int]]
@@ -52,23 +51,25 @@ class Task:
 class DecodeSchedule:
     """Decides for one prefetcher, and claims. For one thread.
 
-    num_prefetchers: of the set. record_bytes: of every sample, if it is known before the first.
+    cut: which chunk a row is of. num_prefetchers: of the set. record_bytes: of every sample, if it is known before the
+    first.
     """
 
     def __init__(
         self,
         segment: native.Segment,
         writer: Writer,
-        chunks: Chunks,
-        orders: FollowedOrders,
+        cut: Cut,
+        orders: Follows,
         num_prefetchers: int,
         record_bytes: int | None,
     ) -> None:
         self._segment, self._writer, self._orders = segment, writer, orders
-        self._first_rows, self._num_rows = chunks.first_rows, chunks.num_rows
+        self._cut = cut
+        self._first_rows, self._num_rows = cut.chunks.first_rows, cut.chunks.num_rows
         self._num_prefetchers = num_prefetchers
         self._record_bytes = record_bytes
-        self._chunk_ids = np.arange(len(chunks), dtype=np.uint32)
+        self._chunk_ids = np.arange(len(cut.chunks))
         self._ahead: dict[tuple[int, int], Lookahead] = {}
         self._fill: Rows = np.zeros(0, np.int64)
         self._refresh_pace, self._fill_pace, self._mean_pace = Pace(), Pace(), Pace()
@@ -88,12 +89,14 @@ class DecodeSchedule:
         word = self._checked_word = self._segment.work_word()
         task = self._next_wanted(most)
         if task is None and word != self._blocked_word:
-            task = self._next_ordered(most) or self._next_fill(most)
+            return self._next_ordered(most) or self._next_fill(most)
+        if task is not None and self._cut.is_open and len(task.rows) < most and word != self._blocked_word:
+            self._top_up(task, most)
         return task
 
     def wait_s(self) -> float:
         """Seconds after which `next` may find something although the work word did not move."""
-        return self._wait_s
+        return min(self._wait_s, self._cut.wait_s())
 
     def has_wanted(self) -> bool:
         """Whether somebody began to wait, since this or `next` was last called, for rows that can be decoded."""
@@ -131,8 +134,15 @@ class DecodeSchedule:
                 return self._task(got, urgent=True)
         return None
 
+    def _top_up(self, task: Task, most: int) -> None:
+        """Add to what readers of a stream wait for what they will want next: else each waits for row after row."""
+        more = self._next_ordered(most - len(task.rows))
+        if more is not None:
+            task.rows = sorted(task.rows + more.rows)
+            task.stamps = more.stamps
+
     def _next_ordered(self, most: int) -> Task | None:
-        living = self._orders.now()
+        living = list(self._orders.now())
         self._ahead = {order.key: self._ahead.get(order.key) or Lookahead(self._segment) for order in living}
         if not living:
             return None
@@ -178,12 +188,12 @@ class DecodeSchedule:
             return least
         return max(least, self._transit_bytes // (2 * num_living) // self._record_bytes)
 
-    def _claim_ahead(self, living: Living, ahead: Lookahead, most: int) -> list[int]:
+    def _claim_ahead(self, living: Followed, ahead: Lookahead, most: int) -> list[int]:
         """Claim the first rows that can be had; where in the window they are."""
         to_do = ahead.to_do()
         for start in range(0, len(to_do), _BLOCK):
             at = to_do[start : start + _BLOCK]
-            at = at[self._has_raw(ahead.rows[at])]
+            at = at[self._cut.has_encoded(ahead.rows[at])]
             for i in range(0, len(at), most):
                 part = at[i : i + most]
                 # Others may have made them since, and readers have read them, and they been evicted.
@@ -200,7 +210,8 @@ class DecodeSchedule:
         for _ in range(MOST_TRIES):
             if len(self._fill):  # others fill with the same, and what was to stay may have found no room
                 self._fill = self._fill[IS_TO_DO[look(self._segment, self._fill)]]
-                self._fill = self._fill[is_fillable(self._look_at_chunks(self._chunk_of(self._fill).astype(np.uint32)))]
+                chunks = self._cut.chunk_of(self._fill)
+                self._fill = self._fill[is_fillable(look_at_chunks(self._segment, chunks))]
             if not len(self._fill):
                 if not self._is_due(self._fill_pace):
                     return None
@@ -221,7 +232,7 @@ class DecodeSchedule:
         """Some rows to do of chunks that stay, the first ones; none if there are none."""
         found: list[Rows] = [np.zeros(0, np.int64)]
         num_found = 0
-        for chunk in np.flatnonzero(is_fillable(self._look_at_chunks(self._chunk_ids))).tolist():
+        for chunk in np.flatnonzero(is_fillable(look_at_chunks(self._segment, self._chunk_ids))).tolist():
             first, end = int(self._first_rows[chunk]), int(self._first_rows[chunk] + self._num_rows[chunk])
             for start in range(first, end, LOOK_ROWS):
                 rows = np.arange(start, min(start + LOOK_ROWS, end))
@@ -239,7 +250,7 @@ class DecodeSchedule:
         if not len(wanted):
             return np.zeros(0, np.int64)
         rows = np.unique(np.array(wanted, np.int64))
-        return rows[self._has_raw(rows)]
+        return rows[self._cut.has_encoded(rows)]
 
     def _claim(self, rows: Rows) -> list[int]:
         """Those of ``rows`` that are had now; if only rows can be had over which somebody died, one of these."""
@@ -252,20 +263,8 @@ class DecodeSchedule:
         return got
 
     def _task(self, rows: list[int], urgent: bool = False) -> Task:
-        chunks = self._chunk_of(np.array(rows, np.int64)).tolist()
+        chunks = self._cut.chunk_of(np.array(rows, np.int64)).tolist()
         return Task(sorted(zip(chunks, rows, strict=True)), urgent)
-
-    def _chunk_of(self, rows: Rows) -> Rows:
-        return self._first_rows.searchsorted(rows, "right") - 1
-
-    def _has_raw(self, rows: Rows) -> Flags:
-        flags: Flags = self._look_at_chunks(self._chunk_of(rows).astype(np.uint32)) & native.CHUNK_HAS_RAW != 0
-        return flags
-
-    def _look_at_chunks(self, chunks: npt.NDArray[np.uint32]) -> ChunkStates:
-        step = 4 * LOOK_ROWS
-        parts = [self._segment.chunk_look(chunks[at : at + step].data) for at in range(0, len(chunks), step)]
-        return np.frombuffer(b"".join(parts), np.uint8)
 
     def _is_due(self, pace: Pace) -> bool:
         wait_s = pace.wait_s()

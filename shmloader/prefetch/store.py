@@ -14,7 +14,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, Protocol
 
 import pyarrow as pa
 
@@ -40,8 +40,7 @@ _ON_DISK = -1
 class RawChunk:
     """An encoded chunk in the ring or on disk.
 
-    record: its descriptor and generation. starts: the first row of each batch, in the split. row_bytes: mean encoded
-    bytes of a row.
+    record: its descriptor and generation. starts: the first row of each batch. row_bytes: mean encoded bytes of a row.
     """
 
     record: tuple[int, int]
@@ -49,8 +48,13 @@ class RawChunk:
     starts: list[int]
     row_bytes: int
 
+    @property
+    def end(self) -> int:
+        """The row behind the last."""
+        return self.starts[-1] + int(self.batches[-1].num_rows)
+
     def slices(self, first: int, end: int) -> Iterator[pa.RecordBatch]:
-        """Rows ``first`` to ``end - 1`` of the split, in place."""
+        """Rows ``first`` to ``end - 1``, in place."""
         at = bisect.bisect_right(self.starts, first) - 1
         while first < end:
             batch, start = self.batches[at], self.starts[at]
@@ -60,12 +64,71 @@ class RawChunk:
             at += 1
 
 
+def raw_chunk(record: tuple[int, int], first_row: int, batches: list[pa.RecordBatch], num_bytes: int) -> RawChunk:
+    """A chunk that begins with ``first_row`` and takes ``num_bytes``."""
+    starts, end = [], first_row
+    for batch in batches:
+        starts.append(end)
+        end += batch.num_rows
+    return RawChunk(record, batches, starts, num_bytes // max(end - first_row, 1))
+
+
+class FirstRows(Protocol):
+    """The first row of each chunk."""
+
+    def __getitem__(self, chunk: int, /) -> int: ...
+
+
+class Lent:
+    """What has come of the chunk that a fetching thread is reading, so that a slow stream's first rows need not wait.
+
+    In the memory of one process: its own decoding thread takes them, others what is in the ring. One thread changes it,
+    by replacing one tuple, any may look.
+    """
+
+    def __init__(self) -> None:
+        self._state: tuple[int, int, tuple[pa.RecordBatch, ...]] = (-1, 0, ())
+        self.is_growing = False
+        """More rows of it may come, at any time."""
+
+    @property
+    def rows(self) -> range:
+        """The rows that are lent."""
+        _, first_row, batches = self._state
+        return range(first_row, first_row + sum(batch.num_rows for batch in batches))
+
+    def begin(self, chunk: int, first_row: int) -> None:
+        """``chunk`` is being read; nothing of it is there yet."""
+        self._state, self.is_growing = (chunk, first_row, ()), True
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Its next rows."""
+        chunk, first_row, batches = self._state
+        self._state = chunk, first_row, (*batches, batch)
+
+    def end(self) -> None:
+        """It was read; what is lent stays so until the next begins."""
+        self.is_growing = False
+
+    def chunks(self, chunks: Sequence[int]) -> dict[int, RawChunk]:
+        """The one that is lent, if it is among ``chunks``."""
+        chunk, first_row, batches = self._state
+        if chunk not in chunks or not batches:
+            return {}
+        return {chunk: raw_chunk((-1, 0), first_row, list(batches), sum(batch.nbytes for batch in batches))}
+
+
 class Pinned:
     """Some chunks, to be read in place until `release`."""
 
     def __init__(self, chunks: dict[int, RawChunk], pins: native.Pins | None) -> None:
         self.chunks = chunks
         self._pins = pins
+
+    def holds(self, chunk: int, row: int) -> bool:
+        """Whether ``row`` is there; its chunk's place may be another chunk's by now."""
+        raw = self.chunks.get(chunk)
+        return raw is not None and len(raw.starts) > 0 and raw.starts[0] <= row < raw.end
 
     def release(self) -> None:
         """Give the pins back: nothing of the chunks may be looked at any more."""
@@ -76,7 +139,8 @@ class Pinned:
 class RawStore:
     """The raw region and the disk, as one prefetcher uses them. One thread may write, another one read.
 
-    first_rows: of each chunk. schema: of the rows. spill: the file on disk; None: there is none.
+    first_rows: of each chunk, asked for while it is pinned. schema: of the rows. lent: rows that this process has read
+    of a chunk that is not complete. spill: the file on disk; None: there is none.
     """
 
     def __init__(
@@ -84,11 +148,12 @@ class RawStore:
         ring: Ring,
         writer: Writer,
         schema: pa.Schema,
-        first_rows: Sequence[int],
+        first_rows: FirstRows,
+        lent: Lent | None = None,
         spill: Spill | None = None,
     ) -> None:
         self._ring, self._writer, self._schema = ring, writer, schema
-        self._first_rows = first_rows
+        self._first_rows, self._lent = first_rows, lent or Lent()
         self._spill = Spill(ring.segment, None) if spill is None else spill
         self._open: OrderedDict[int, RawChunk] = OrderedDict()
 
@@ -137,9 +202,11 @@ class RawStore:
     # -- the decoding thread -----------------------------------------------------------------------------
 
     def pin(self, chunks: Sequence[int]) -> Pinned:
-        """Those of ``chunks`` that are there."""
+        """Those of ``chunks`` that are there; -1 is none."""
+        chunks = [chunk for chunk in chunks if chunk >= 0]
         spilled = {chunk: place for chunk in chunks if (place := self._spill.find(chunk)) is not None}
-        there = {chunk: self._opened(chunk, *place, _ON_DISK, place[0]) for chunk, place in spilled.items()}
+        there = self._lent.chunks(chunks)
+        there |= {chunk: self._opened(chunk, *place, _ON_DISK, place[0]) for chunk, place in spilled.items()}
         raw = [chunk for chunk in chunks if chunk not in spilled]
         if not raw:
             return Pinned(there, None)
@@ -154,12 +221,7 @@ class RawStore:
         if found is None or found.record != (desc, gen):
             place = self._spill if desc == _ON_DISK else self._ring.mapping
             batches = list(pa.ipc.open_stream(pa.py_buffer(place.view(offset, num_bytes, None, True))))
-            starts, end = [], self._first_rows[chunk]
-            for batch in batches:
-                starts.append(end)
-                end += batch.num_rows
-            num_rows = max(end - self._first_rows[chunk], 1)
-            found = RawChunk((desc, gen), batches, starts, num_bytes // num_rows)
+            found = raw_chunk((desc, gen), self._first_rows[chunk], batches, num_bytes)
         self._open[chunk] = found
         if len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)

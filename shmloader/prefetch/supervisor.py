@@ -23,7 +23,7 @@ from shmloader.files import CREATOR_BYTE, SUPERVISOR_BYTE, RingFiles, format_set
 from shmloader.prefetch.plan_file import Layout, read_parts
 from shmloader.prefetch.spawn import spawn
 from shmloader.ring import Ring
-from shmloader.sizes import divide
+from shmloader.sizes import divide, divide_open, open_records
 from shmloader.writer import Writer
 
 log = logging.getLogger("shmloader.supervisor")
@@ -140,6 +140,18 @@ class Supervisor:
             planner.wait()
 
     def _format(self, layout: Layout) -> None:
+        if layout.rows_per_chunk:
+            sizes = divide_open(
+                self.head["ring_bytes"],
+                most_record_bytes=layout.most_record_bytes,
+                in_flight=self.head["in_flight"],
+                ahead=self.head["ahead"],
+            )
+            num_records = open_records(sizes.transit_bytes)
+            format_set(
+                self.files, sizes, num_records, [], [], layout.record_bytes, rows_per_chunk=layout.rows_per_chunk
+            )
+            return
         sizes = divide(
             self.head["ring_bytes"],
             num_rows=layout.num_rows,

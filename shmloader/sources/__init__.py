@@ -14,6 +14,9 @@ loaded      a ``datasets.Dataset``, prepared Arrow  64 rows, any order
 sequential  a stream, or files of another format    64 rows, front to back
 ==========  ======================================  ===============================
 
+A stream whose length nobody tells is counted, or for an iterable request taken as it is: the plan is *open* then, and
+names no chunks.
+
 A row group of more than 64 MiB is cut into several chunks, which are read front to back.
 
 Importing this package imports neither ``datasets`` nor ``huggingface_hub``; nothing here opens a connection
@@ -47,7 +50,7 @@ def make_plan(request: SourceRequest) -> SourcePlan:
 
         plan = plan_source(request)
         plan_cache.store(request, plan)
-    return plan
+    return plan.first(request.max_samples)
 
 
 def open_reader(request: SourceRequest, plan: SourcePlan, touch: Callable[[], None] = lambda: None) -> Reader:
@@ -63,6 +66,10 @@ def open_reader(request: SourceRequest, plan: SourcePlan, touch: Callable[[], No
         from shmloader.sources.loaded import LoadedReader
 
         return LoadedReader(request, plan)
+    if plan.is_open:
+        from shmloader.sources.open_stream import OpenStreamReader
+
+        return OpenStreamReader(request, plan, touch)
     from shmloader.sources.stream import StreamReader
 
     return StreamReader(request, plan, touch)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
@@ -20,6 +20,8 @@ class SourceRequest:
     columns: the user's ``columns=``: role ("text", "image", "labels") → column; None: recognise them.
     all_columns: the user's ``process`` takes whole rows, so every column is read and none is chosen.
     load: passed on to ``datasets`` (name, revision, token, data_files, …); not in the repr.
+    is_iterable: the rows are only iterated over, so nobody has to know how many they are.
+    max_samples: of an iterable request, only so many rows; None: all.
     """
 
     dataset: Any
@@ -27,6 +29,8 @@ class SourceRequest:
     columns: dict[str, str] | None = None
     all_columns: bool = False
     load: dict[str, Any] = field(default_factory=dict, repr=False)
+    is_iterable: bool = False
+    max_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Columns:
 GUESSED_ROW_BYTES = 64 << 10
 
 #: Of the JSON of a plan: to be raised with every change of what it holds or of how chunks are cut.
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Chunk:
     first_row: index of its first row in the whole split; num_rows: how many follow on, itself included.
     shard: index into `SourcePlan.shards`. piece: what the reader needs to find the rows in the shard
     (for Parquet: the row group, the first row within it, the row group's rows, and its bytes once
-    decompressed, needed columns only).
+    decompressed, needed columns only; of an open plan: the iteration's key, two numbers, and its epoch).
     """
 
     first_row: int
@@ -69,6 +73,8 @@ class Chunk:
 class SourcePlan:
     """What a source holds and how it is cut; made once by the supervisor, JSON-able, without secrets.
 
+    num_rows: None: nobody knows, perhaps there is no end. The plan is *open* then: it names no chunks, they are cut
+    while they are read, each iteration's anew.
     name: as the user sees it in messages and in every sample's ``source``. mode: "streaming" (row groups
     over the network), "local", "loaded" (a ``datasets.Dataset``) or "sequential" (one stream, read front to
     back; chunks can only be had in order). num_bytes: of the source's files, where known.
@@ -78,12 +84,13 @@ class SourcePlan:
     something that can only be read front to back (a large row group, a stream): one reader, in order.
     chunk_bytes: encoded bytes of each chunk, as an Arrow IPC stream: an estimate; where nothing is known, the guess of
     `GUESSED_ROW_BYTES` a row.
+    row_bytes: of an open plan, the same for one row.
     """
 
     name: str
     split: str
     mode: str
-    num_rows: int
+    num_rows: int | None
     shards: tuple[str, ...]
     chunks: tuple[Chunk, ...]
     columns: Columns
@@ -94,9 +101,15 @@ class SourcePlan:
     shard_bytes: tuple[int, ...] = ()
     units: tuple[int, ...] = ()
     chunk_bytes: tuple[int, ...] = ()
+    row_bytes: int = GUESSED_ROW_BYTES
 
     def __post_init__(self) -> None:
         assert len(self.units) == len(self.chunk_bytes) == len(self.chunks)
+
+    @property
+    def is_open(self) -> bool:
+        """Nobody knows how many rows there are."""
+        return self.num_rows is None
 
     @property
     def is_sequential(self) -> bool:
@@ -125,6 +138,20 @@ class SourcePlan:
         rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         return cls(columns=Columns(**columns), chunks=chunks, arrow_schema=schema, **rest)
 
+    def first(self, num_rows: int | None) -> SourcePlan:
+        """The plan of the first ``num_rows`` rows alone; of all if there are no more, or if None."""
+        if num_rows is None or self.num_rows is None or num_rows >= self.num_rows:
+            return self
+        told = zip(self.chunks, self.chunk_bytes, strict=True)
+        kept = [(chunk, num_bytes) for chunk, num_bytes in told if chunk.first_row < num_rows]
+        last, last_bytes = kept[-1]
+        left = num_rows - last.first_row
+        if left < last.num_rows:
+            kept[-1] = replace(last, num_rows=left), -(-last_bytes * left // last.num_rows)
+        chunks, chunk_bytes = zip(*kept, strict=True)
+        units = self.units[: len(kept)]
+        return replace(self, num_rows=num_rows, chunks=chunks, chunk_bytes=chunk_bytes, units=units)
+
 
 class Reader(Protocol):
     """Reads the chunks of a plan. Built and used in one prefetcher, in one thread."""
@@ -142,4 +169,13 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Close its files."""
+        ...
+
+
+@runtime_checkable
+class OpenReader(Reader, Protocol):
+    """Reads the chunks of an open plan, row by row; a chunk that is not full is the last of its iteration."""
+
+    def keep(self, keys: Collection[tuple[int, int]]) -> None:
+        """Close all iterations but these."""
         ...

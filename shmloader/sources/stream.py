@@ -33,7 +33,8 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
     """The plan of a stream: chunks of 64 rows, to be read in order.
 
     builder: of files that are not Parquet; None: the request holds an ``IterableDataset`` or a dict of them.
-    The rows are counted by one pass, with a notice, unless the dataset's card says their number.
+    Unless the dataset's card says the number of rows, the plan is open if the request is iterable; else they are
+    counted by one pass, with a notice.
 
     Raises:
         SplitNotFoundError, EmptyDatasetError, ColumnError. ReadError: the stream fails while it is counted.
@@ -46,11 +47,26 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
     columns, needed, notices = choose_columns(features, request.columns, dataset=name, all_columns=request.all_columns)
     schema = plain_schema(features.arrow_schema, needed)
     num_rows = _told_rows(request, stream, builder)
+    row_bytes, more = _told_row_bytes(stream, builder) or GUESSED_ROW_BYTES, stream_bytes(schema)
+    if num_rows is None and request.is_iterable:
+        return SourcePlan(
+            name=name,
+            split=str(stream.split or request.split),
+            mode="sequential",
+            num_rows=None,
+            shards=(name,),
+            chunks=(),
+            columns=columns,
+            arrow_schema=schema.serialize().to_pybytes(),
+            revision=_commit(builder),
+            notices=notices,
+            row_bytes=row_bytes,
+        )
     if num_rows is None:
         if _repeats_forever(stream):
             raise SourceError(
                 f"{name}: this stream repeats for ever, so it has no length. Give the stream before repeat(), "
-                "or end it with take(n).",
+                "end it with take(n), or iterate over it with ShmMultimodalIterableDataset, which needs no length.",
                 dataset=name,
             )
         num_rows = _count(request, stream, features, columns.labels or columns.text or needed[0])
@@ -61,7 +77,6 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
         raise empty_dataset(request)
     starts = range(0, num_rows, BATCH_ROWS)
     chunks = tuple(Chunk(first, min(BATCH_ROWS, num_rows - first), 0) for first in starts)
-    row_bytes, more = _told_row_bytes(stream, builder) or GUESSED_ROW_BYTES, stream_bytes(schema)
     return SourcePlan(
         name=name,
         split=str(stream.split or request.split),
@@ -123,23 +138,19 @@ class StreamReader:
             first, self._next_row = self._next_row, self._next_row + table.num_rows
             if first == chunk.first_row:
                 break
+        is_last = chunk.first_row + chunk.num_rows == self._plan.num_rows
+        if is_last and self._plan.num_rows == self._request.max_samples:
+            table = table.slice(0, chunk.num_rows)  # the others are not asked for
+        elif is_last and next(self._batches, None) is not None:
+            raise self._count_error(chunk, None)
         if table.num_rows != chunk.num_rows:
             raise self._count_error(chunk, self._next_row)
-        if self._next_row == self._plan.num_rows and next(self._batches, None) is not None:
-            raise self._count_error(chunk, None)
-        batch = conform(one_batch(table.combine_chunks()), self._schema, {})
-        return embed_images(batch, self._features, self._request)
+        return plain_rows(table, self._schema, self._features, self._request)
 
     def _open(self) -> Iterator[pa.Table]:
         if self._stream is None:
-            builder = None
-            if not hasattr(self._request.dataset, "features") and not isinstance(self._request.dataset, Mapping):
-                builder = resolve_builder(self._request, self._plan.revision)
-            with translated(self._request, "open"):
-                stream = _open_stream(self._request, builder)
-                self._features = stream.features or _inferred_features(self._request, stream)
-                self._stream = stream
-        return iter(_arrow(self._stream, self._features, self._schema.names).iter(BATCH_ROWS))
+            self._stream, self._features = open_planned(self._request, self._plan)
+        return iter(as_arrow(self._stream, self._features, self._schema.names).iter(BATCH_ROWS))
 
     def _count_error(self, chunk: Chunk, have: int | None) -> ReadError:
         found = "more" if have is None else f"{have}"
@@ -161,6 +172,21 @@ class StreamReader:
         )
 
 
+def open_planned(request: SourceRequest, plan: SourcePlan) -> tuple[Any, Any]:
+    """The ``IterableDataset`` of a plan, and its features. Prefetcher only."""
+    builder = None
+    if not hasattr(request.dataset, "features") and not isinstance(request.dataset, Mapping):
+        builder = resolve_builder(request, plan.revision)
+    with translated(request, "open"):
+        stream = _open_stream(request, builder)
+        return stream, stream.features or _inferred_features(request, stream)
+
+
+def plain_rows(table: pa.Table, schema: pa.Schema, features: Any, request: SourceRequest) -> pa.RecordBatch:
+    """What a stream gave, as a plan promises it."""
+    return embed_images(conform(one_batch(table.combine_chunks()), schema, {}), features, request)
+
+
 def _open_stream(request: SourceRequest, builder: Any | None) -> Any:
     """The ``IterableDataset`` of the requested split; a bare one is taken as it is."""
     quiet_datasets()
@@ -172,7 +198,7 @@ def _open_stream(request: SourceRequest, builder: Any | None) -> Any:
     return request.dataset
 
 
-def _arrow(stream: Any, features: Any, columns: Sequence[str]) -> Any:
+def as_arrow(stream: Any, features: Any, columns: Sequence[str]) -> Any:
     """The stream as Arrow tables of ``columns``: nothing decoded, what Python functions made encoded."""
     if stream.features is None:
         stream = stream.cast(features)
@@ -222,7 +248,7 @@ def _why_counted(stream: Any, builder: Any | None) -> str:
 
 def _count(request: SourceRequest, stream: Any, features: Any, column: str) -> int:
     with translated(request, "count the rows of"):
-        return sum(table.num_rows for table in _arrow(stream, features, [column]).iter(1024))
+        return sum(table.num_rows for table in as_arrow(stream, features, [column]).iter(1024))
 
 
 def _repeats_forever(stream: Any) -> bool:

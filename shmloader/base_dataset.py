@@ -1,0 +1,231 @@
+"""What the datasets of this package share: a set that is opened, told about, and closed."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import shmloader._native as native
+from shmloader.collate import collate
+from shmloader.config import MultimodalConfig
+from shmloader.errors import ClosedError, OptionError
+from shmloader.opening import close_set, open_set
+from shmloader.options import Options
+from shmloader.prefetch.payload import Work
+from shmloader.processors.text import check_tokenizer
+from shmloader.seeding import seeded
+from shmloader.sources.base import SourceRequest
+from shmloader.stats import Stats
+from shmloader.tokens import batch_ring, join, known_files
+from shmloader.views import Sample
+
+log = logging.getLogger("shmloader")
+
+#: A `transform`, or a `process`.
+Function = Callable[[dict[str, Any]], Mapping[str, Any]]
+
+
+class SharedDataset:
+    """One process's face of a set. The arguments are told at `ShmMultimodalDataset`."""
+
+    def _open(
+        self,
+        config: Any,
+        tokenizer: Any,
+        request: SourceRequest,
+        *,
+        transform: Function | None,
+        process: Function | None,
+        options: Options | None,
+        writable: bool,
+        seed: int,
+    ) -> None:
+        """Check the arguments and open the set; once, in the constructor."""
+        if request.dataset is None:
+            raise OptionError(
+                "dataset_name= is needed: a Hub id, a local folder or file, or a loaded `datasets` object",
+                name="dataset_name",
+                value="None",
+                allowed="a dataset",
+            )
+        if tokenizer is not None:
+            check_tokenizer(tokenizer)
+        for name, function in (("transform", transform), ("process", process)):
+            if function is not None and not callable(function):
+                raise OptionError(
+                    f"{name}= must be callable, but got {type(function).__name__}",
+                    name=name,
+                    value=repr(function),
+                    allowed="a callable",
+                )
+        options = Options.from_env() if options is None else options
+        work = Work(request, MultimodalConfig() if config is None else config, tokenizer, process)
+        self.transform = transform
+        self.writable = writable
+        self.seed = operator.index(seed)
+        self._reader = open_set(work, options)
+        self._closer = weakref.finalize(self, close_set, self._reader, os.getpid())
+        self._closer.atexit = False  # the process's end is noticed without us
+        _show_log(options.log)
+        for notice in self._reader.plan.source.notices:
+            log.info("%s", notice)
+
+    # -- around it -------------------------------------------------------------------------------------
+
+    @property
+    def collate(self) -> Callable[..., dict[str, Any]]:
+        """The collate function that a DataLoader takes by default for these samples."""
+        return collate
+
+    @property
+    def name(self) -> str:
+        """The dataset's name, as in every sample's ``source``."""
+        return self._reader.plan.source.name
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Which columns were chosen: {"text": …, "image": …, "labels": …} and ``class_names``."""
+        columns = self._reader.plan.source.columns
+        return {key: value for key, value in vars(columns).items() if value is not None}
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """For each source: name, split, mode, rows, revision, and what was noticed about it."""
+        source = self._reader.plan.source
+        return [
+            {
+                "name": source.name,
+                "split": source.split,
+                "mode": source.mode,
+                "rows": source.num_rows,
+                "revision": source.revision,
+                "notices": list(source.notices),
+            }
+        ]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Name the epoch for ``transform``'s seeds, in all workers, persistent ones included.
+
+        Without it the seed counts how often each sample was read, by anybody. Call it before iterating: workers
+        that run ahead take it up with the next sample that they read.
+        """
+        epoch = operator.index(epoch)
+        if not 0 <= epoch < 1 << 63:
+            raise OptionError(
+                f"epoch={epoch} is not valid: it must be 0 or more", name="epoch", value=str(epoch), allowed="0 or more"
+            )
+        self._reader.attach().segment.epoch(epoch + 1)  # 0: nobody has named one
+
+    def stats(self) -> Stats:
+        """What the set is doing, now."""
+        ring = self._reader.attach()
+        ring.segment.reap(False)
+        raw = ring.segment.stats()
+        services = [pid for _, pid, role in ring.segment.clients() if role == native.SERVICE]
+        batches = batch_ring()
+        counters = batches.counters if batches is not None else None
+        return Stats(
+            num_rows=self._reader.plan.source.num_rows,
+            samples_ready=raw["num_ready"],
+            samples_bad=raw["num_errors"] + raw["num_aside"],
+            commits=raw["num_commits"],
+            decoding_s=raw["decoding_ns"] / 1e9,
+            samples_read=raw["num_reads"],
+            guest_reads=raw["num_guest_reads"],
+            fetched_bytes=raw["fetched_bytes"],
+            ring_bytes=raw["resident_bytes"] + raw["transit_bytes"],
+            ring_backed_bytes=raw["resident_backed_bytes"] + raw["transit_backed_bytes"],
+            ring_used_bytes=raw["resident_used_bytes"] + raw["transit_used_bytes"],
+            transit_bytes=raw["transit_bytes"],
+            encoded_bytes=raw["raw_used_bytes"],
+            spill_bytes=raw["spill_bytes"],
+            spill_used_bytes=raw["spill_used_bytes"],
+            prefetchers=max(0, len(services) - 1),
+            service_pids=services,
+            num_workers=raw["num_workers"],
+            restarts=raw["num_services_lost"],
+            batches_in_slots=counters.in_slots if counters else 0,
+            batches_copied=counters.copied if counters else 0,
+            batches_inline=counters.inline if counters else 0,
+            batch_backed_bytes=batches.ring.stats()["backed_bytes"] if batches is not None else 0,
+        )
+
+    def close(self) -> None:
+        """End this process's use: the prefetch processes end with the last owner. Samples and batches stay valid.
+
+        Raises nothing when called again; reading then raises `ClosedError`.
+        """
+        self._closer()
+
+    def __enter__(self) -> Self:
+        if self._reader.is_closed:
+            raise ClosedError(f"The dataset {self.name!r} was closed", dataset=self.name)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        source, state = self._reader.plan.source, ", closed" if self._reader.is_closed else ""
+        rows = "unknown" if source.num_rows is None else source.num_rows
+        return f"{type(self).__name__}({self.name!r}, split={source.split!r}, rows={rows}{state})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """On the way to a spawned worker: the set's files and, by cloudpickle, the transform."""
+        self._reader.check_can_travel()
+        try:
+            import cloudpickle
+
+            transform = cloudpickle.dumps(self.transform)
+        except Exception as error:
+            raise OptionError(
+                f"transform= cannot be sent to a worker that is spawned: {type(error).__name__}: {error}. It must be "
+                "picklable by cloudpickle: leave open files, locks, connections and generators out of it, or make "
+                "them on first use.",
+                name="transform",
+                value=type(self.transform).__name__,
+                allowed="a picklable function",
+            ) from error
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_closer", "transform")}
+        return state | {"transform": transform, "batch_ring": known_files()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        import pickle
+
+        join(state.pop("batch_ring"))
+        self.transform = pickle.loads(state.pop("transform"))
+        self.__dict__.update(state)
+        self._closer = weakref.finalize(self, close_set, self._reader, os.getpid())
+        self._closer.atexit = False
+
+    def _transformed(self, sample: Sample, row: int, epoch: int) -> Sample:
+        assert self.transform is not None
+        with seeded(self.seed, epoch, row):
+            try:
+                result = self.transform(dict(sample))
+            except Exception as error:
+                error.add_note(f"in transform= for sample {row} of {self.name!r}")
+                raise
+        if not isinstance(result, Mapping):
+            raise OptionError(
+                f"transform= must return a dict, but got {type(result).__name__} (sample {row} of {self.name!r})",
+                name="transform",
+                value=type(result).__name__,
+                allowed="a function from dict to dict",
+            )
+        made = Sample(result)
+        made._attachment = sample._attachment  # for the padding that the schema says
+        return made
+
+
+def _show_log(level: str) -> None:
+    """Have this process show what the services show (``SHMLOADER_LOG``), unless the program set up its logging."""
+    if logging.getLevelName(level) < logging.WARNING:
+        logger = logging.getLogger("shmloader")
+        logger.setLevel(level)
+        if not logger.hasHandlers():
+            logger.addHandler(logging.StreamHandler())

@@ -1,0 +1,169 @@
+"""What a prefetcher fetches in an open set: of each iteration's stream the chunks that come next.
+
+A stream is read front to back, so there is little to choose: which iteration next (in turn; those that a reader waits
+for first), and how far ahead. What was fetched is kept until all its readers are past it: a chunk that was evicted
+before would have to be read again from the stream's front.
+
+One prefetcher reads the stream of an iteration, for as long as it lives. One that takes over reads from the front and
+skips what others have put into the ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+import shmloader._native as native
+from shmloader.prefetch.cut import chunks_of, look_at_chunks
+from shmloader.prefetch.fetch_schedule import Pick, Why
+from shmloader.prefetch.lookahead import IS_TO_DO
+from shmloader.prefetch.open_orders import OpenLiving, OpenOrders
+from shmloader.prefetch.plan import LAST_POSITION
+from shmloader.prefetch.schedule import MOST_WANTED
+from shmloader.prefetch.store import Lent
+from shmloader.sizes import OPEN_AHEAD_CHUNKS
+from shmloader.sources.base import Chunk, Reader
+from shmloader.sources.rows import one_batch
+
+
+class StreamSchedule:
+    """Decides for one prefetcher, and claims. For one thread. See `fetch_schedule.Schedule`.
+
+    budget_bytes: encoded bytes that are fetched ahead of all iterations together. chunk_bytes: of a chunk, as long as
+    none was fetched. keep: told which iterations live, before anything is claimed.
+    """
+
+    def __init__(
+        self,
+        segment: native.Segment,
+        orders: OpenOrders,
+        budget_bytes: int,
+        chunk_bytes: int,
+        rows_per_chunk: int,
+        keep: Callable[[Collection[tuple[int, int]]], None],
+    ) -> None:
+        self._segment, self._orders, self._keep = segment, orders, keep
+        self._budget_bytes, self._chunk_bytes, self._rows_per_chunk = budget_bytes, chunk_bytes, rows_per_chunk
+        self._turn = 0
+        self.wait_s = float("inf")
+        """The work word moves with all that there is to do."""
+
+    def next(self, can_hold: bool = True) -> Pick | None:
+        """The most urgent chunk that can be had, claimed; None: none, before the work word moves."""
+        living = list(self._orders.now())
+        self._keep({order.key for order in living})
+        if not living:
+            return None
+        self._turn = (self._turn + 1) % len(living)
+        living = living[self._turn :] + living[: self._turn]
+        return self._next_wanted(living) or self._next_ahead(living)
+
+    def next_wanted(self) -> Pick | None:
+        """As `next`, only for what somebody waits for."""
+        return self._next_wanted(list(self._orders.now()))
+
+    def read(self, chunk: int, is_whole: bool) -> None:
+        """The streams know themselves how far they are."""
+
+    def waited_for(self) -> set[int]:
+        """The chunks of which somebody waits for rows that nobody decodes yet, fetched or not."""
+        rows = np.array(self._segment.wanted(MOST_WANTED), np.int64)
+        return set(chunks_of(self._segment, rows).tolist()) - {-1}
+
+    def is_of_use(self, pick: Pick) -> bool:
+        """Whether what ``pick`` is fetched for still holds."""
+        assert pick.stamp is not None
+        slot, gen, until = pick.stamp
+        return any(order.key == (slot, gen) and order.low_water < until for order in self._orders.now())
+
+    # -- parts ---------------------------------------------------------------------------------------------
+
+    def _next_wanted(self, living: list[OpenLiving]) -> Pick | None:
+        """A chunk that somebody waits for, or one on the way to it: all of them are needed."""
+        wanted = np.array(self._segment.wanted(MOST_WANTED), np.int64)
+        for order in living if len(wanted) else ():
+            of_order = wanted[wanted & ~LAST_POSITION == order.first_id] & LAST_POSITION
+            if len(of_order):
+                last = int(of_order.max()) // self._rows_per_chunk
+                pick = self._claim(order, last + 1, Why.WANTED)
+                if pick is not None:
+                    return pick
+        return None
+
+    def _next_ahead(self, living: list[OpenLiving]) -> Pick | None:
+        num_ahead = self._budget_bytes // len(living) // self._mean_bytes()
+        num_ahead = min(max(num_ahead, 1), OPEN_AHEAD_CHUNKS)
+        for order in living:
+            pick = self._claim(order, order.numbers.start + num_ahead, Why.ORDER)
+            if pick is not None:
+                return pick
+        return None
+
+    def _mean_bytes(self) -> int:
+        stats = self._segment.stats()
+        if not stats["num_fetched"]:
+            return self._chunk_bytes
+        return max(stats["fetched_bytes"] // stats["num_fetched"], 1)
+
+    def _claim(self, order: OpenLiving, end: int, why: Why) -> Pick | None:
+        """The first chunk below number ``end`` that is needed and neither there nor read by somebody now."""
+        numbers = np.arange(order.numbers.start, min(order.numbers.stop, end))
+        chunks = order.chunks[: len(numbers)]
+        is_to_do = chunks < 0
+        states = look_at_chunks(self._segment, chunks[~is_to_do])
+        is_to_do[~is_to_do] = (states & 0xF == native.CHUNK_TODO) & (states & native.CHUNK_HAS_RAW == 0)
+        for number in numbers[is_to_do].tolist():
+            rows = self._rows(order, number)
+            if not self._is_needed(order, rows):
+                continue
+            chunk, status = self._segment.chunk_claim_open(order.slot, order.gen, number)
+            if status == 0:
+                piece = (order.slot, order.gen, order.epoch, chunk)
+                until = order.stamp(rows.stop)
+                return Pick(chunk, why, until, rows=Chunk(rows.start, len(rows), 0, piece))
+            if status in (native.STALE, native.FULL):  # another one reads the stream, or its places are in use
+                return None
+        return None
+
+    def _rows(self, order: OpenLiving, number: int) -> range:
+        """The positions of chunk ``number``."""
+        first = number * self._rows_per_chunk
+        return range(first, min(first + self._rows_per_chunk, order.num_positions))
+
+    def _is_needed(self, order: OpenLiving, rows: range) -> bool:
+        """Whether rows of it are still to be made: it may have made way although all of them were."""
+        ids = np.arange(rows.start, rows.stop, dtype=np.int64) + order.first_id
+        seen = np.frombuffer(self._segment.look(ids.data, order.stamp(rows.start + 1)), np.uint8)
+        return bool(IS_TO_DO[seen].any())
+
+
+class LendingReader:
+    """Reads streams' chunks, lends what has come of one meanwhile, and tells where a stream ends. See `Reader`."""
+
+    def __init__(self, segment: native.Segment, reader: Reader, lent: Lent) -> None:
+        self._segment, self._reader, self._lent = segment, reader, lent
+
+    def read(self, chunk: Chunk) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The rows of ``chunk`` in one batch; none if the stream ends before it."""
+        slot, gen, _, index = chunk.piece
+        self._lent.begin(index, native.open_id(slot, gen, chunk.first_row))
+        batches = []
+        try:
+            for _, batch in self._reader.read(chunk):
+                batches.append(batch)
+                self._lent.add(batch)
+                if len(batches) == 1:
+                    self._segment.work_tell()  # from now on the decoding thread looks by itself
+        finally:
+            self._lent.end()
+        num_rows = sum(batch.num_rows for batch in batches)
+        if num_rows < chunk.num_rows:  # before its rows are in the ring: nobody takes one beyond them for missing
+            self._segment.order_finish(slot, gen, chunk.first_row + num_rows)
+        if batches:
+            yield chunk.first_row, one_batch(pa.Table.from_batches(batches))
+
+    def close(self) -> None:
+        """Close the streams."""
+        self._reader.close()

@@ -313,7 +313,7 @@ static void all_readers_can_join(void)
 {
     new_cast();
     shml_order_info_t order = {0};
-    uint32_t n = SHML_MAX_CLIENTS - 5; /* the cast has the others */
+    uint32_t n = SHML_MAX_CLIENTS - SHML_KEPT_CLIENTS - 5; /* the cast has five more, workers may have no other */
     for (uint32_t i = 0; i < n; i++) {
         shml_seg_t *seg = enter_under(SHML_WORKER, owner);
         order = join(seg, 7, i, n);

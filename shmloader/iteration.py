@@ -57,9 +57,12 @@ class Iteration:
         """Join the iteration, or begin it. most: it ends after so many positions, if not before; None: it does not.
 
         Raises:
-            RingError: as many iterations live as can.
+            RingError: as many iterations live as can; or this process has no slot in the set's table of clients, and
+                so no mark: where the slowest reader is, what all have passed makes way, and so must be known.
         """
         ring = reader.attach()
+        if ring.has_transit and not ring.has_slot():
+            raise _no_slot(reader.plan.source.name)
         named = ring.segment.epoch()
         epoch = named - 1 if named else 0
         num_rows = reader.plan.source.num_rows
@@ -118,6 +121,8 @@ class Iteration:
     def _look_up(self, block: range) -> tuple[Refs, int]:
         """The first samples of ``block``, and how many; at least one, which is waited for, or none: it has ended."""
         ring, ids = self._reader.attach(), self._ids(block)
+        if ring.is_guest:  # all is resident, or there would be an order to join
+            return self._reader.wait_for(ids, None), len(block)
         packed, num_missing, pins, is_over = ring.segment.get_many(array("Q", ids), 0, self._place(block))
         refs = Refs(ids, packed, ring.mapping, pins)
         num_ready = _num_ready(refs)
@@ -134,6 +139,14 @@ class Iteration:
     def _place(self, block: range) -> Place | None:
         """Its end is the next position that this reader has to read: what the others have not read counts as theirs."""
         return None if self._order is None else (*self._order, block.start, block[-1] + block.step)
+
+
+def _no_slot(name: str) -> RingError:
+    return RingError(
+        f"This worker cannot take part in an iteration over {name!r}: living processes have all slots of its set's "
+        f"table of clients that workers may have ({native.MAX_CLIENTS} less those kept for services), and what does "
+        "not all stay in the ring is read by clients only. Use fewer workers over this dataset at a time."
+    )
 
 
 def _num_ready(refs: Refs) -> int:

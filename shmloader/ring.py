@@ -240,6 +240,10 @@ class Ring:
             if missing:  # else something gave way just now, and is missing at the next look
                 self.segment.guest_wait(seen, native.TICK_MS)
 
+    def has_slot(self) -> bool:
+        """Whether this process is a client of the set. A guest tries to become one, but not too often."""
+        return not self.is_guest or self._join()
+
     def _join(self) -> bool:
         """Whether a guest is a client by now; tries to become one, but not too often."""
         if time.monotonic() >= self._join_at and self._joining.acquire(blocking=False):

@@ -40,6 +40,7 @@ def full_table(files: RingFiles, role: int = native.WORKER) -> Iterator[Callable
         assert os.read(ready, 1) == b"1"
         yield lambda: os.write(going_on, b"1")
     finally:
+        os.write(going_on, b"12")  # closing it does not do: workers that were forked meanwhile have it, too
         os.close(ready)
         os.close(going_on)
         assert join(child) == 0

@@ -642,7 +642,8 @@ static void run_threads(void)
 static void threads_pin_the_same_records(void)
 {
     new_pins();
-    num_thread_ids = 24, thread_blocks = 16, thread_writes = 10000;
+    /* So many that never all of them fit: else each is there, and nobody has anything to write any more. */
+    num_thread_ids = 48, thread_blocks = 16, thread_writes = 10000;
     run_threads();
     CHECK(is_all_free());
     check_stage(writer);

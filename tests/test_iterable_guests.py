@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,12 @@ pytestmark = pytest.mark.timeout(100)
 
 
 def test_workers_without_a_slot_share_out_what_is_all_in_the_ring(tmp_path: Path) -> None:
-    path = write_numbers(tmp_path, 200)
-    with ShmMultimodalIterableDataset(dataset_name=path, process=dict, options=small_options()) as dataset:
+    path, columns = write_numbers(tmp_path, 200), {"labels": "number"}
+    with ShmMultimodalIterableDataset(dataset_name=path, columns=columns, options=small_options()) as dataset:
         wait_until(lambda: dataset.stats().samples_ready == 200 and not dataset.stats().prefetchers)
         with full_table(dataset._reader.files.ring):
             loader = DataLoader(dataset, 8, num_workers=2, multiprocessing_context="fork")
-            assert sorted(numbers(loader)) == list(range(200))
+            assert sorted(itertools.chain(*(batch["labels"].tolist() for batch in loader))) == list(range(200))
             assert dataset.stats().guest_reads == 200
 
 

@@ -83,12 +83,12 @@ void shml_wants_press(shml_seg_t *seg)
 
 int shml_is_awaited(shml_control_t *c, uint64_t id)
 {
-    const shml_client_t *clients = shml_clients(c);
-    for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
-        if (!may_want(&clients[slot], id))
+    for (uint32_t list = 0; list < SHML_NUM_WANT_LISTS; list++) {
+        uint32_t n;
+        const uint64_t *wants = shml_want_list(c, list, &n);
+        if (list < SHML_MAX_CLIENTS && !may_want(&shml_clients(c)[list], id))
             continue;
-        const uint64_t *wants = shml_wants(c, slot);
-        for (uint32_t i = 0; i < num_wants(&clients[slot]); i++)
+        for (uint32_t i = 0; i < n; i++)
             if (wants[i] == id)
                 return 1;
     }

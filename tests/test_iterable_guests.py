@@ -6,9 +6,9 @@ import itertools
 from pathlib import Path
 
 import pytest
-from conftest import small_options
+from conftest import opened
 from support_guests import full_table
-from support_sets import wait_until, write_numbers
+from support_sets import wait_until, write_table
 from support_streams import counted, numbers, open_stream, stream_of
 from torch.utils.data import DataLoader
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.timeout(100)
 
 
 def test_workers_without_a_slot_share_out_what_is_all_in_the_ring(tmp_path: Path) -> None:
-    path, columns = write_numbers(tmp_path, 200), {"labels": "number"}
-    with ShmMultimodalIterableDataset(dataset_name=path, columns=columns, options=small_options()) as dataset:
+    table = {"text": [f"text {i}" for i in range(200)], "label": list(range(200))}
+    with opened(write_table(tmp_path, table), ShmMultimodalIterableDataset) as dataset:
         wait_until(lambda: dataset.stats().samples_ready == 200 and not dataset.stats().prefetchers)
         with full_table(dataset._reader.files.ring):
             loader = DataLoader(dataset, 8, num_workers=2, multiprocessing_context="fork")

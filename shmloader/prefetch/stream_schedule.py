@@ -10,22 +10,26 @@ skips what others have put into the ring.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import pyarrow as pa
 
 import shmloader._native as native
+from shmloader.errors import ReadError
 from shmloader.prefetch.cut import chunks_of, look_at_chunks
 from shmloader.prefetch.fetch_schedule import Pick, Why
 from shmloader.prefetch.lookahead import IS_TO_DO
 from shmloader.prefetch.open_orders import OpenLiving, OpenOrders
 from shmloader.prefetch.plan import LAST_POSITION
 from shmloader.prefetch.schedule import MOST_WANTED
-from shmloader.prefetch.store import Lent
+from shmloader.prefetch.store import Lent, with_failure
 from shmloader.sizes import OPEN_AHEAD_CHUNKS
 from shmloader.sources.base import Chunk, Reader
 from shmloader.sources.rows import one_batch
+
+log = logging.getLogger("shmloader.prefetcher")
 
 
 class StreamSchedule:
@@ -146,23 +150,35 @@ class LendingReader:
         self._segment, self._reader, self._lent = segment, reader, lent
 
     def read(self, chunk: Chunk) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The rows of ``chunk`` in one batch; none if the stream ends before it."""
+        """The rows of ``chunk`` in one batch; none if the stream ends before it.
+
+        Raises:
+            ReadError: the stream failed before; if it did after some rows, these come, with the reason.
+        """
         slot, gen, _, index = chunk.piece
         self._lent.begin(index, native.open_id(slot, gen, chunk.first_row))
-        batches = []
+        batches: list[pa.RecordBatch] = []
+        failure: ReadError | None = None
         try:
             for _, batch in self._reader.read(chunk):
                 batches.append(batch)
                 self._lent.add(batch)
                 if len(batches) == 1:
                     self._segment.work_tell()  # from now on the decoding thread looks by itself
+        except ReadError as error:
+            if not batches:
+                raise
+            log.error("chunk %d: %s", index, error)
+            failure = error
         finally:
             self._lent.end()
         num_rows = sum(batch.num_rows for batch in batches)
-        if num_rows < chunk.num_rows:  # before its rows are in the ring: nobody takes one beyond them for missing
+        if failure is None and num_rows < chunk.num_rows:
+            # Before its rows are in the ring: nobody takes one beyond them for missing.
             self._segment.order_finish(slot, gen, chunk.first_row + num_rows)
         if batches:
-            yield chunk.first_row, one_batch(pa.Table.from_batches(batches))
+            whole = one_batch(pa.Table.from_batches(batches))
+            yield chunk.first_row, whole if failure is None else with_failure(whole, chunk.num_rows, failure)
 
     def close(self) -> None:
         """Close the streams."""

@@ -270,6 +270,19 @@ def test_what_is_fetched_is_of_use_until_its_iteration_is_past_it_or_gone():
         assert not schedule.is_of_use(pick)
 
 
+def test_a_stream_that_failed_is_only_tried_again_for_who_waits():
+    """Else all that could be fetched ahead would fail, one chunk after the other."""
+    with open_world() as made:
+        first, second = made.join(1), made.join(2)
+        schedule = made.schedule()
+        pick = next(p for p in iter(schedule.next, None) if p.rows.piece[:2] == first)
+        schedule.read(pick.chunk, False)
+        made.segment.chunk_end(pick.chunk, native.FETCH_BROKEN)
+        assert {p.rows.piece[:2] for p in iter(schedule.next, None)} <= {second}
+        made.want(first, [ROWS])
+        assert rows_of(schedule.next()) == (ROWS, ROWS, Why.WANTED)
+
+
 # ---- what is decoded ----------------------------------------------------------------------------------
 
 

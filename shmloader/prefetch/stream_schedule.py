@@ -25,7 +25,7 @@ from shmloader.prefetch.open_orders import OpenLiving, OpenOrders
 from shmloader.prefetch.plan import LAST_POSITION
 from shmloader.prefetch.schedule import MOST_WANTED
 from shmloader.prefetch.store import Lent, with_failure
-from shmloader.sizes import OPEN_AHEAD_CHUNKS
+from shmloader.sizes import CHUNKS_PER_ORDER, OPEN_AHEAD_CHUNKS
 from shmloader.sources.base import Chunk, Reader
 from shmloader.sources.rows import one_batch
 
@@ -51,13 +51,16 @@ class StreamSchedule:
         self._segment, self._orders, self._keep = segment, orders, keep
         self._budget_bytes, self._chunk_bytes, self._rows_per_chunk = budget_bytes, chunk_bytes, rows_per_chunk
         self._turn = 0
+        self._failed: set[tuple[int, int]] = set()  # of which nothing more can be read
         self.wait_s = float("inf")
         """The work word moves with all that there is to do."""
 
     def next(self, can_hold: bool = True) -> Pick | None:
         """The most urgent chunk that can be had, claimed; None: none, before the work word moves."""
         living = list(self._orders.now())
-        self._keep({order.key for order in living})
+        keys = {order.key for order in living}
+        self._keep(keys)
+        self._failed &= keys
         if not living:
             return None
         self._turn = (self._turn + 1) % len(living)
@@ -69,7 +72,10 @@ class StreamSchedule:
         return self._next_wanted(list(self._orders.now()))
 
     def read(self, chunk: int, is_whole: bool) -> None:
-        """The streams know themselves how far they are."""
+        """The streams know themselves how far they are. One that failed is not tried again but for who waits for it."""
+        if not is_whole:
+            slot = chunk // CHUNKS_PER_ORDER
+            self._failed |= {order.key for order in self._orders.now() if order.slot == slot}
 
     def waited_for(self) -> set[int]:
         """The chunks of which somebody waits for rows that nobody decodes yet, fetched or not."""
@@ -100,6 +106,8 @@ class StreamSchedule:
         num_ahead = self._budget_bytes // len(living) // self._mean_bytes()
         num_ahead = min(max(num_ahead, 1), OPEN_AHEAD_CHUNKS)
         for order in living:
+            if order.key in self._failed:
+                continue
             pick = self._claim(order, order.numbers.start + num_ahead, Why.ORDER)
             if pick is not None:
                 return pick

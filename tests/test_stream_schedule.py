@@ -270,6 +270,19 @@ def test_what_is_fetched_is_of_use_until_its_iteration_is_past_it_or_gone():
         assert not schedule.is_of_use(pick)
 
 
+def test_a_stream_that_failed_is_only_tried_again_for_who_waits():
+    """Else all that could be fetched ahead would fail, one chunk after the other."""
+    with open_world() as made:
+        first, second = made.join(1), made.join(2)
+        schedule = made.schedule()
+        pick = next(p for p in iter(schedule.next, None) if p.rows.piece[:2] == first)
+        schedule.read(pick.chunk, False)
+        made.segment.chunk_end(pick.chunk, native.FETCH_BROKEN)
+        assert {p.rows.piece[:2] for p in iter(schedule.next, None)} <= {second}
+        made.want(first, [ROWS])
+        assert rows_of(schedule.next()) == (ROWS, ROWS, Why.WANTED)
+
+
 # ---- what is decoded ----------------------------------------------------------------------------------
 
 
@@ -353,18 +366,40 @@ def test_the_end_of_a_stream_is_told_before_its_last_rows_are_in_the_ring(num_ro
         assert made.living(order).num_positions == expected
 
 
-def test_a_read_that_fails_lends_no_more():
+def failing_at(at: int) -> Source:
     def fail(row: int) -> None:
-        if row == 3:
+        if row == at:
             raise ReadError("it fails")
 
+    return Source(range(ROWS), fail)
+
+
+def test_a_read_that_fails_lends_no_more():
     with open_world() as made:
         order, lent = made.join(), Lent()
         pick = made.schedule().next()
         with pytest.raises(ReadError):
-            list(LendingReader(made.segment, Source(range(ROWS), fail), lent).read(pick.rows))
+            list(LendingReader(made.segment, failing_at(0), lent).read(pick.rows))
         assert not lent.is_growing
         assert made.living(order).num_positions == LAST_POSITION
+
+
+def test_rows_before_a_failure_are_there_and_those_behind_have_the_reason():
+    with open_world() as made:
+        order = made.join()
+        store = RawStore(made.service, made.writer, SCHEMA, PlaceRows(made.segment))
+        pick = made.schedule().next()
+        ((_, found),) = LendingReader(made.segment, failing_at(5), Lent()).read(pick.rows)
+        store.put(pick.chunk, [found], pick.stamp, False)
+        assert made.segment.chunk_end(pick.chunk, native.FETCH_OK) == 0
+        pinned = store.pin([pick.chunk])
+        ids = made.ids(order, range(ROWS + 1))
+        assert [pinned.holds(pick.chunk, row) for row in ids] == [True] * 5 + [False] * (ROWS - 4)
+        failures = [pinned.failure(pick.chunk, row) for row in ids]
+        assert [str(failure) for failure in failures[5:ROWS]] == ["it fails"] * (ROWS - 5)
+        assert failures[:5] + failures[ROWS:] == [None] * 6
+        assert made.living(order).num_positions == LAST_POSITION
+        pinned.release()
 
 
 def test_a_place_that_was_given_away_holds_no_rows_of_the_chunk_before():

@@ -18,7 +18,7 @@ from shmloader import processors
 from shmloader.errors import ProcessError, RecordTooLargeError, RingError, SampleError, ShmloaderError
 from shmloader.prefetch.plan import SetPlan
 from shmloader.prefetch.schedule import DecodeSchedule, Task
-from shmloader.prefetch.store import RawStore, batches_of
+from shmloader.prefetch.store import Pinned, RawStore, batches_of
 from shmloader.processors.base import Processor, Rows
 from shmloader.processors.user import UserProcessor
 from shmloader.ring import Ring
@@ -79,6 +79,9 @@ class Decoder:
         pinned = self._store.pin(sorted({chunk for chunk, _ in task.rows}))
         num_rows = 0
         try:
+            for row in self._put_failures(task, pinned):
+                left.discard(row)
+                num_rows += 1
             there = [item for item in task.rows if pinned.holds(*item)]
             for row, i, begun in self._begun(batches_of(there, pinned)):
                 elapsed = time.monotonic() - began
@@ -98,6 +101,15 @@ class Decoder:
             if num_rows:
                 mean = elapsed / num_rows
                 self._row_s = mean if not self._row_s else 0.7 * self._row_s + 0.3 * mean
+
+    def _put_failures(self, task: Task, pinned: Pinned) -> Iterator[int]:
+        """The rows that cannot be read, of each of which it is told why."""
+        for chunk, row in task.rows:
+            failure = pinned.failure(chunk, row)
+            if failure is not None:
+                stamp = task.stamps.get(row)
+                self._put_error(row, failure, stamp, task.urgent and stamp is None)
+                yield row
 
     def _begun(
         self, batches: Iterator[tuple[list[int], pa.RecordBatch]]

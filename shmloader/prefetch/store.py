@@ -9,6 +9,7 @@ stays open between tasks is kept *without* a pin, and used again only if the nex
 from __future__ import annotations
 
 import bisect
+import json
 import struct
 from array import array
 from collections import OrderedDict
@@ -19,6 +20,7 @@ from typing import IO, Protocol
 import pyarrow as pa
 
 import shmloader._native as native
+from shmloader.errors import ShmloaderError, from_wire, to_json
 from shmloader.prefetch.spill import Spill
 from shmloader.ring import Ring
 from shmloader.writer import Stamp, Writer
@@ -31,6 +33,9 @@ LARGE_ROW_BYTES = 16 << 10
 #: Most rows of a batch: enough for a tokenizer to work by the batch (guessed).
 BATCH_ROWS = 64
 
+#: Of the schema's metadata: why a chunk has not all of its rows.
+_FAILURE = b"shmloader.failure"
+
 _REF = struct.Struct("<QQIIII")  # shml_ref_t in native/shml.h
 #: In the place of the descriptor of a chunk that lies on disk, its offset in that of the generation.
 _ON_DISK = -1
@@ -41,12 +46,14 @@ class RawChunk:
     """An encoded chunk in the ring or on disk.
 
     record: its descriptor and generation. starts: the first row of each batch. row_bytes: mean encoded bytes of a row.
+    failure: JSON, of a chunk that could not be read to its end (`with_failure`).
     """
 
     record: tuple[int, int]
     batches: list[pa.RecordBatch]
     starts: list[int]
     row_bytes: int
+    failure: bytes | None = None
 
     @property
     def end(self) -> int:
@@ -64,13 +71,19 @@ class RawChunk:
             at += 1
 
 
-def raw_chunk(record: tuple[int, int], first_row: int, batches: list[pa.RecordBatch], num_bytes: int) -> RawChunk:
+def raw_chunk(
+    record: tuple[int, int],
+    first_row: int,
+    batches: list[pa.RecordBatch],
+    num_bytes: int,
+    failure: bytes | None = None,
+) -> RawChunk:
     """A chunk that begins with ``first_row`` and takes ``num_bytes``."""
     starts, end = [], first_row
     for batch in batches:
         starts.append(end)
         end += batch.num_rows
-    return RawChunk(record, batches, starts, num_bytes // max(end - first_row, 1))
+    return RawChunk(record, batches, starts, num_bytes // max(end - first_row, 1), failure)
 
 
 class FirstRows(Protocol):
@@ -118,6 +131,12 @@ class Lent:
         return {chunk: raw_chunk((-1, 0), first_row, list(batches), sum(batch.nbytes for batch in batches))}
 
 
+def with_failure(batch: pa.RecordBatch, num_rows: int, error: ShmloaderError) -> pa.RecordBatch:
+    """The first rows of a chunk of ``num_rows``, with the reason why the others cannot be had."""
+    text = json.dumps({"num_rows": num_rows, "error": json.loads(to_json(error, native.TEXT_BYTES))})
+    return batch.replace_schema_metadata({_FAILURE: text})
+
+
 class Pinned:
     """Some chunks, to be read in place until `release`."""
 
@@ -129,6 +148,14 @@ class Pinned:
         """Whether ``row`` is there; its chunk's place may be another chunk's by now."""
         raw = self.chunks.get(chunk)
         return raw is not None and len(raw.starts) > 0 and raw.starts[0] <= row < raw.end
+
+    def failure(self, chunk: int, row: int) -> ShmloaderError | None:
+        """Why ``row`` is not there, if its chunk could only be read up to a row before it."""
+        raw = self.chunks.get(chunk)
+        if raw is None or raw.failure is None or row < raw.end:
+            return None
+        told = json.loads(raw.failure)
+        return from_wire(told["error"]) if row < raw.starts[0] + told["num_rows"] else None
 
     def release(self) -> None:
         """Give the pins back: nothing of the chunks may be looked at any more."""
@@ -195,7 +222,9 @@ class RawStore:
         return int(sink.size())
 
     def _write(self, sink: pa.NativeFile | IO[bytes], batches: Sequence[pa.RecordBatch]) -> None:
-        with pa.ipc.new_stream(sink, self._schema) as stream:
+        failure = next(((b.schema.metadata or {}).get(_FAILURE) for b in batches), None)
+        schema = self._schema if failure is None else self._schema.with_metadata({_FAILURE: failure})
+        with pa.ipc.new_stream(sink, schema) as stream:
             for batch in batches:
                 stream.write_batch(batch)
 
@@ -220,8 +249,10 @@ class RawStore:
         found = self._open.pop(chunk, None)
         if found is None or found.record != (desc, gen):
             place = self._spill if desc == _ON_DISK else self._ring.mapping
-            batches = list(pa.ipc.open_stream(pa.py_buffer(place.view(offset, num_bytes, None, True))))
-            found = raw_chunk((desc, gen), self._first_rows[chunk], batches, num_bytes)
+            view = place.view(offset, num_bytes, None, True)
+            stream = pa.ipc.open_stream(pa.py_buffer(view))
+            batches, failure = list(stream), (stream.schema.metadata or {}).get(_FAILURE)
+            found = raw_chunk((desc, gen), self._first_rows[chunk], batches, num_bytes, failure)
         self._open[chunk] = found
         if len(self._open) > MAX_OPEN:
             self._open.popitem(last=False)

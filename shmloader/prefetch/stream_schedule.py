@@ -10,22 +10,26 @@ skips what others have put into the ring.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import pyarrow as pa
 
 import shmloader._native as native
+from shmloader.errors import ReadError
 from shmloader.prefetch.cut import chunks_of, look_at_chunks
 from shmloader.prefetch.fetch_schedule import Pick, Why
 from shmloader.prefetch.lookahead import IS_TO_DO
 from shmloader.prefetch.open_orders import OpenLiving, OpenOrders
 from shmloader.prefetch.plan import LAST_POSITION
 from shmloader.prefetch.schedule import MOST_WANTED
-from shmloader.prefetch.store import Lent
-from shmloader.sizes import OPEN_AHEAD_CHUNKS
+from shmloader.prefetch.store import Lent, with_failure
+from shmloader.sizes import CHUNKS_PER_ORDER, OPEN_AHEAD_CHUNKS
 from shmloader.sources.base import Chunk, Reader
 from shmloader.sources.rows import one_batch
+
+log = logging.getLogger("shmloader.prefetcher")
 
 
 class StreamSchedule:
@@ -47,13 +51,16 @@ class StreamSchedule:
         self._segment, self._orders, self._keep = segment, orders, keep
         self._budget_bytes, self._chunk_bytes, self._rows_per_chunk = budget_bytes, chunk_bytes, rows_per_chunk
         self._turn = 0
+        self._failed: set[tuple[int, int]] = set()  # of which nothing more can be read
         self.wait_s = float("inf")
         """The work word moves with all that there is to do."""
 
     def next(self, can_hold: bool = True) -> Pick | None:
         """The most urgent chunk that can be had, claimed; None: none, before the work word moves."""
         living = list(self._orders.now())
-        self._keep({order.key for order in living})
+        keys = {order.key for order in living}
+        self._keep(keys)
+        self._failed &= keys
         if not living:
             return None
         self._turn = (self._turn + 1) % len(living)
@@ -65,7 +72,10 @@ class StreamSchedule:
         return self._next_wanted(list(self._orders.now()))
 
     def read(self, chunk: int, is_whole: bool) -> None:
-        """The streams know themselves how far they are."""
+        """The streams know themselves how far they are. One that failed is not tried again but for who waits for it."""
+        if not is_whole:
+            slot = chunk // CHUNKS_PER_ORDER
+            self._failed |= {order.key for order in self._orders.now() if order.slot == slot}
 
     def waited_for(self) -> set[int]:
         """The chunks of which somebody waits for rows that nobody decodes yet, fetched or not."""
@@ -96,6 +106,8 @@ class StreamSchedule:
         num_ahead = self._budget_bytes // len(living) // self._mean_bytes()
         num_ahead = min(max(num_ahead, 1), OPEN_AHEAD_CHUNKS)
         for order in living:
+            if order.key in self._failed:
+                continue
             pick = self._claim(order, order.numbers.start + num_ahead, Why.ORDER)
             if pick is not None:
                 return pick
@@ -146,23 +158,35 @@ class LendingReader:
         self._segment, self._reader, self._lent = segment, reader, lent
 
     def read(self, chunk: Chunk) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The rows of ``chunk`` in one batch; none if the stream ends before it."""
+        """The rows of ``chunk`` in one batch; none if the stream ends before it.
+
+        Raises:
+            ReadError: the stream failed before; if it did after some rows, these come, with the reason.
+        """
         slot, gen, _, index = chunk.piece
         self._lent.begin(index, native.open_id(slot, gen, chunk.first_row))
-        batches = []
+        batches: list[pa.RecordBatch] = []
+        failure: ReadError | None = None
         try:
             for _, batch in self._reader.read(chunk):
                 batches.append(batch)
                 self._lent.add(batch)
                 if len(batches) == 1:
                     self._segment.work_tell()  # from now on the decoding thread looks by itself
+        except ReadError as error:
+            if not batches:
+                raise
+            log.error("chunk %d: %s", index, error)
+            failure = error
         finally:
             self._lent.end()
         num_rows = sum(batch.num_rows for batch in batches)
-        if num_rows < chunk.num_rows:  # before its rows are in the ring: nobody takes one beyond them for missing
+        if failure is None and num_rows < chunk.num_rows:
+            # Before its rows are in the ring: nobody takes one beyond them for missing.
             self._segment.order_finish(slot, gen, chunk.first_row + num_rows)
         if batches:
-            yield chunk.first_row, one_batch(pa.Table.from_batches(batches))
+            whole = one_batch(pa.Table.from_batches(batches))
+            yield chunk.first_row, whole if failure is None else with_failure(whole, chunk.num_rows, failure)
 
     def close(self) -> None:
         """Close the streams."""

@@ -46,13 +46,14 @@ class OpenStreamReader:
         skipped over.
 
         Raises:
-            ReadError: the stream failed, in this chunk or before; or it gives fewer rows than it did when it was read
-                before.
+            ReadError: the stream failed, in this chunk (after the rows that were given) or before; or it gives fewer
+                rows than it did when it was read before.
         """
         one, other, epoch = chunk.piece[:3]
         found = self._iterations.get((one, other))
         if found is not None and found.failed is not None and chunk.first_row >= found.failed[0]:
-            raise self._read_error(chunk, f"it ended before them: {found.failed[1]}")  # not all of it again
+            # Not all of it again.
+            raise self._read_error(chunk, chunk.first_row, f"it ended before them: {found.failed[1]}")
         try:
             if found is None or found.next_row > chunk.first_row:
                 found = None
@@ -65,8 +66,9 @@ class OpenStreamReader:
             why = f"{type(error).__name__}: {error}"
             if found is None:  # it could not be opened
                 found = self._iterations[one, other] = _Iteration(iter(()))
-            found.failed = (chunk.first_row, why)
-            failure = self._read_error(chunk, why)
+            first = max(chunk.first_row, found.next_row)
+            found.failed = (first, why)
+            failure = self._read_error(chunk, first, why)
             if has_secret(self._request, str(error)):
                 raise failure from None
             raise failure from error
@@ -87,7 +89,8 @@ class OpenStreamReader:
             table = next(iteration.tables, None)
             if table is None:
                 if iteration.next_row < chunk.first_row:
-                    raise self._read_error(chunk, f"it gave {iteration.next_row} rows now, and more before")
+                    why = f"it gave {iteration.next_row} rows now, and more before"
+                    raise self._read_error(chunk, chunk.first_row, why)
                 return
             self._touch()
             row = iteration.next_row
@@ -103,13 +106,15 @@ class OpenStreamReader:
             stream.set_epoch(epoch)  # another order, if it is shuffled
         return iter(stream.iter(1))
 
-    def _read_error(self, chunk: Chunk, why: str) -> ReadError:
+    def _read_error(self, chunk: Chunk, first: int, why: str) -> ReadError:
+        """Of ``chunk``'s rows from ``first`` on."""
+        end = chunk.first_row + chunk.num_rows
         return ReadError(
-            f"{self._plan.name}, split {self._plan.split!r}: cannot read rows {chunk.first_row} to "
-            f"{chunk.first_row + chunk.num_rows - 1} of the stream: {without_secrets(self._request, why)}. "
+            f"{self._plan.name}, split {self._plan.split!r}: cannot read rows {first} to {end - 1} of the stream: "
+            f"{without_secrets(self._request, why)}. "
             "Check that it gives the same rows each time it is read, and all of them the same columns.",
             dataset=self._plan.name,
             shard=self._plan.shards[0],
-            first_row=chunk.first_row,
-            num_rows=chunk.num_rows,
+            first_row=first,
+            num_rows=end - first,
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+import time
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.context import get_spawning_popen
@@ -25,7 +26,7 @@ from torch.utils.data import get_worker_info
 
 import shmloader._native as native
 from shmloader.errors import StaleTokenError
-from shmloader.ring import memory_limits
+from shmloader.ring import JOIN_S, memory_limits
 from shmloader.views import Part, Sample, WorkerBatch, tensor_over
 
 #: Slots that one worker may have at once: two batches queued (prefetch_factor), one being filled, two that the training
@@ -74,13 +75,14 @@ class BatchRing:
 
         None also for a worker beyond the batch ring's table of clients, as long as that is full.
         """
-        if not self._is_client and not self._register():
+        if not self._is_client and (time.monotonic() < self._register_at or not self._register()):
             return None
         slot = self.ring.acquire(num_bytes, MAX_SLOTS_PER_WORKER)
         return Lease(self, slot) if isinstance(slot, tuple) else None
 
     def _register(self) -> bool:
         self._is_client = self.ring.register(self._role) != native.CLIENTS
+        self._register_at = time.monotonic() + JOIN_S
         return self._is_client
 
 

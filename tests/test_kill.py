@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import os
 import random
@@ -33,6 +34,7 @@ from support_sets import (
 from torch.utils.data import DataLoader
 
 from shmloader import Options, ShmMultimodalDataset
+from shmloader.prefetch.supervisor import MAX_IDLE_DEATHS
 
 NUM_ROWS = 256
 HALF = NUM_ROWS // 2
@@ -123,6 +125,17 @@ def test_killing_the_supervisor_loses_nothing_without_workers(tmp_path: Path) ->
 
 def test_killing_all_services_five_times_in_an_epoch_loses_nothing(tmp_path: Path) -> None:
     interrupted_epoch(tmp_path, kill_all, num_strokes=5)
+
+
+def test_killing_more_prefetchers_at_once_than_may_die_in_a_row_loses_nothing(tmp_path: Path) -> None:
+    num = MAX_IDLE_DEATHS + 2
+    with half_gated(tmp_path, options=dataclasses.replace(OPTIONS, prefetchers=num)) as (dataset, gate):
+        first = [int(dataset[i]["number"]) for i in range(HALF)]
+        wait_until(lambda: len(prefetchers_of(dataset)) == num)
+        for prefetcher in prefetchers_of(dataset):
+            kill(prefetcher)
+        gate.open()
+        assert first + [int(dataset[i]["number"]) for i in range(HALF, NUM_ROWS)] == list(range(NUM_ROWS))
 
 
 def test_prefetchers_die_with_their_supervisor(tmp_path: Path) -> None:
@@ -239,6 +252,7 @@ TRAINING = """
 import os, signal, sys, threading
 from torch.utils.data import DataLoader
 from shmloader import Options, ShmMultimodalDataset
+from shmloader.prefetch.supervisor import MAX_IDLE_DEATHS
 from support_sets import gated, number, wait_until
 from pathlib import Path
 
@@ -334,6 +348,7 @@ def test_services_are_gone_after_the_training_process_was_killed_with_all_its_se
 PLANNING = """
 import sys
 from shmloader import Options, ShmMultimodalDataset
+from shmloader.prefetch.supervisor import MAX_IDLE_DEATHS
 
 class Slow:
     def __call__(self, row):

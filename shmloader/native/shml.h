@@ -148,8 +148,9 @@ int32_t shml_mutex_holder(const shml_control_t *control);
 enum shml_role { SHML_OWNER = 1, SHML_WORKER = 2, SHML_SERVICE = 3 };
 
 /* So many slots, the last ones, no worker gets: a prefetcher that takes a dead one's place, or the next supervisor, must
- * find one although workers wait for each that becomes free (guessed: more than a set has services). */
-#define SHML_KEPT_CLIENTS 32u
+ * find one although workers wait for each that becomes free. As many as a set has prefetchers at most (options.py), a
+ * supervisor and the next one, and some owners. */
+#define SHML_KEPT_CLIENTS 72u
 
 /* Enter this process: takes a slot and its byte, sets seg->self. `owner` is the slot of a worker's owner
  * (its generation `owner_gen`), else -1. SHML_E_CLIENTS when all slots are taken by living processes; for

@@ -30,7 +30,7 @@ log = logging.getLogger("shmloader.supervisor")
 
 #: How often it looks for owners that died. Services are to be gone within 2 s of the last.
 TICK_S = 0.25
-#: A set whose prefetchers die this often in a row with nothing done is given up (guessed).
+#: A set of which prefetchers die at so many times in a row, with nothing done in between, is given up (guessed).
 MAX_IDLE_DEATHS = 8
 
 
@@ -203,26 +203,31 @@ class Supervisor:
 
     def _bury(self, ring: Ring, dead: list[Prefetcher]) -> None:
         ring.segment.reap(True)
+        has_work = self._has_work(ring)  # else they found nothing left to do
         for prefetcher in dead:
             self.prefetchers.remove(prefetcher)
             prefetcher.close()
-            code = prefetcher.process.returncode
-            if not self._has_work(ring):
-                continue  # it found nothing left to do
-            log.warning("prefetcher %d ended with status %d and work to do", prefetcher.process.pid, code)
-            stats = ring.segment.stats()
-            done = stats["num_commits"] + stats["chunks_done"]
-            self.idle_deaths = 0 if done != self.done_at_death else self.idle_deaths + 1
-            self.done_at_death = done
-            if self.idle_deaths >= MAX_IDLE_DEATHS:
-                Writer(ring).put_fatal(
-                    ServiceError(
-                        f"Prefetch processes end at once, {self.idle_deaths} in a row (last exit status {code}); what "
-                        "they wrote to stderr may say why.",
-                        role="prefetcher",
-                        pid=prefetcher.process.pid,
-                    )
+            if has_work:
+                code = prefetcher.process.returncode
+                log.warning("prefetcher %d ended with status %d and work to do", prefetcher.process.pid, code)
+        if has_work:
+            self._count_deaths(ring, dead[-1])
+
+    def _count_deaths(self, ring: Ring, last: Prefetcher) -> None:
+        """Give the set up if prefetchers do nothing but die. Those that die together, of one cause, count once."""
+        stats = ring.segment.stats()
+        done = stats["num_commits"] + stats["chunks_done"]
+        self.idle_deaths = 0 if done != self.done_at_death else self.idle_deaths + 1
+        self.done_at_death = done
+        if self.idle_deaths >= MAX_IDLE_DEATHS:
+            Writer(ring).put_fatal(
+                ServiceError(
+                    f"Prefetch processes end at once, {self.idle_deaths} times in a row (last exit status "
+                    f"{last.process.returncode}); what they wrote to stderr may say why.",
+                    role="prefetcher",
+                    pid=last.process.pid,
                 )
+            )
 
     def _start_missing(self, ring: Ring) -> None:
         while len(self.prefetchers) < self.num_prefetchers and self._has_work(ring):

@@ -17,12 +17,11 @@ from pathlib import Path
 import shmloader._native as native
 from shmloader.sizes import CHUNKS_PER_ORDER, Sizes
 
-#: Bytes of the lock inode beyond the clients': who holds them is the supervisor, is starting one, made the set, or has
-#: shown a warning (from `SHOWN_BYTE` on, one for each text).
+#: Bytes of the lock inode beyond the clients': who holds them is the supervisor, is starting one, or made the
+#: set.
 SUPERVISOR_BYTE = 1 << 20
 STARTER_BYTE = SUPERVISOR_BYTE + 1
 CREATOR_BYTE = SUPERVISOR_BYTE + 2
-SHOWN_BYTE = SUPERVISOR_BYTE + 16
 
 
 def boot_id() -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
@@ -15,7 +14,7 @@ from typing import Any
 
 import shmloader._native as native
 from shmloader.errors import ClosedError, PoisonedError
-from shmloader.files import SHOWN_BYTE, RingFiles
+from shmloader.files import RingFiles
 from shmloader.live_orders import LiveOrder, LivingOrders
 from shmloader.order import Order
 from shmloader.prefetch.launch import SetFiles, ensure_supervisor
@@ -137,9 +136,8 @@ class Reader:
         if which in self._shown or (text := ring.segment.text_get(which)) is None:
             return
         self._shown.add(which)
-        try:  # who has the byte has shown it, or is about to
-            fcntl.lockf(self.files.ring.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, SHOWN_BYTE + which)
-        except (BlockingIOError, PermissionError):
+        # Who puts it shows it: not a lock, which would be free again with the worker that has shown it.
+        if ring.segment.text_put(native.TEXT_SHOWN + which, b"1") == native.EXISTS:
             return
         warnings.warn(json.loads(text)["message"], stacklevel=2)
 

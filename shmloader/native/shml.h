@@ -480,7 +480,8 @@ enum shml_text {
     SHML_TEXT_FATAL = 1,
     SHML_TEXT_MEMORY = 2,  /* a warning: memory was refused */
     SHML_TEXT_REFETCH = 3, /* a warning: chunks are fetched again and again */
-    SHML_NUM_TEXTS = 4
+    SHML_TEXT_SHOWN = 4,   /* + the place of a warning among these: put by who shows it, before */
+    SHML_NUM_TEXTS = 8
 };
 #define SHML_TEXT_BYTES 32768u
 int shml_text_put(shml_seg_t *seg, uint32_t which, const void *text, uint32_t num_bytes);

@@ -129,12 +129,12 @@ def _transit(
     samples = (DEFAULT_IN_FLIGHT if in_flight is None else in_flight) + (DEFAULT_AHEAD if ahead is None else ahead)
     share = _pages(int(ring_bytes * most_share))
     if record_bytes is None:
-        return max(share, min(ring_bytes, PAGE))
+        return share
     if record_bytes > ring_bytes:
         raise record_too_large(record_bytes, ring_bytes)
     needed = _pages(2 * samples * record_bytes)
     if not is_said:
-        least = _pages(min(2 * LEAST_RECORDS * record_bytes, needed))
+        least = _pages(2 * LEAST_RECORDS * record_bytes)
         needed = min(needed, max(share, least))
         samples = needed // (2 * record_bytes)
     if needed > ring_bytes:

@@ -65,7 +65,8 @@ def stores(num_stores: int = 1, spill_bytes: int = 1 << 20) -> Iterator[list[Raw
         first_rows = list(range(0, NUM_CHUNKS * ROWS, ROWS))
         spills = [Spill(ring.segment, file.fileno()) for ring in rings]
         yield [
-            RawStore(ring, Writer(ring), SCHEMA, first_rows, spill) for ring, spill in zip(rings, spills, strict=True)
+            RawStore(ring, Writer(ring), SCHEMA, first_rows, spill=spill)
+            for ring, spill in zip(rings, spills, strict=True)
         ]
         assert rings[0].segment.check() is None
         for ring in rings:
@@ -335,7 +336,7 @@ def test_where_all_fits_nothing_is_spilled(pictures_path: str) -> None:
 def test_the_log_says_where_chunks_are_kept(
     pictures_path: str, capfd: Any, monkeypatch: pytest.MonkeyPatch, spill_bytes: Any, line: str
 ) -> None:
-    monkeypatch.setattr("shmloader.dataset._show_log", lambda level: None)  # only that of the services
+    monkeypatch.setattr("shmloader.base_dataset._show_log", lambda level: None)  # only that of the services
     with opened_small(pictures_path, spill_bytes=spill_bytes, log="INFO"):
         assert capfd.readouterr().err.count(line) == 1
 

@@ -94,6 +94,17 @@ def parse_size(text: str | int, name: str = "size", kind: SizeKind = _MEMORY) ->
     raise _bad(name, text, kind.allowed)
 
 
+def size_text(num_bytes: float) -> str:
+    """For messages: in a unit of which there is at least one ("12.5 MiB"), as a whole number below 1 KiB."""
+    if num_bytes < 1024:
+        return f"{num_bytes:.0f} bytes"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        num_bytes /= 1024
+        if round(num_bytes, 1) < 1024:
+            break
+    return f"{num_bytes:,.1f} {unit}"
+
+
 _ENV_PREFETCHERS = ("SHMLOADER_PREFETCHERS", int, _PREFETCHERS)
 _ENV_IN_FLIGHT = ("SHMLOADER_IN_FLIGHT", int, _SAMPLES)
 _ENV_AHEAD = ("SHMLOADER_AHEAD", int, _SAMPLES)

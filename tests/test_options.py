@@ -18,6 +18,7 @@ from shmloader.options import (
     MAX_DEFAULT_PREFETCHERS,
     ByteSize,
     parse_size,
+    size_text,
 )
 
 
@@ -40,6 +41,23 @@ def test_a_size_is_bytes_or_a_number_with_a_unit(text: str | int, num_bytes: int
 @pytest.mark.parametrize(("text", "share"), [("25%", 0.25), ("100 %", 1.0), ("0.5%", 0.005)])
 def test_a_size_may_be_a_share_of_memory(text: str, share: float) -> None:
     assert parse_size(text).resolve(1 << 20) == int(share * (1 << 20))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        ((1 << 20) - 1, "1.0 MiB"),
+        (3 << 19, "1.5 MiB"),
+        (20 << 30, "20.0 GiB"),
+        (64 << 40, "64.0 TiB"),
+        (5000 << 40, "5,000.0 TiB"),
+    ],
+)
+def test_a_size_is_told_in_a_unit_that_fits(num_bytes: int, text: str) -> None:
+    assert size_text(num_bytes) == text
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@ set that does not fit its ring is fetched twice where that costs."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +190,65 @@ def test_a_disk_that_refuses_is_told_once_and_not_asked_again(
         assert read(other, [0, 199, 200]) == [0, 199, 200]
 
 
+def taken_bytes(store: RawStore) -> int:
+    """What the file takes of the disk."""
+    return os.fstat(store._spill._fd).st_blocks * 512
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "the disk is on fire"), ZeroDivisionError("a bug")])
+def test_what_is_not_written_takes_no_room_of_the_disk(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    real = os.pwrite
+
+    def write_half(fd: int, data: memoryview, offset: int) -> int:
+        real(fd, data[: len(data) // 2], offset)
+        raise error
+
+    with stores() as (store,):
+        assert spill(store, 0)
+        before = taken_bytes(store)
+        monkeypatch.setattr(os, "pwrite", write_half)
+        with contextlib.suppress(ZeroDivisionError):
+            assert not spill(store, 1, text_bytes=1000)
+        assert taken_bytes(store) == before > 0
+        assert read(store, [0, 199]) == [0, 199]
+
+
+def test_a_disk_that_cannot_give_back_what_it_took_refuses_as_any_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stubborn:
+        """The segment, whose file has no holes."""
+
+        def __init__(self, segment: native.Segment) -> None:
+            self.segment = segment
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.segment, name)
+
+        def spill_give_back(self, *_: int) -> None:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EIO, "the disk is on fire")
+
+    with stores() as (store,), caplog.at_level(logging.INFO, "shmloader"):
+        store._spill._segment = Stubborn(segment_of(store))  # type: ignore[assignment]
+        monkeypatch.setattr(os, "pwrite", refuse)
+        assert not spill(store, 1)
+        kept, refused = (record.getMessage() for record in caplog.records)
+        assert "the disk keeps up to" in kept
+        assert "the disk is on fire" in refused
+
+
+def test_what_a_refusing_disk_holds_is_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", lambda fd, offset, num_bytes: None if offset == 0 else os.fstat(-1))
+    with stores() as (store,):
+        assert spill(store, 0, text_bytes=1000)
+        assert not spill(store, 1, text_bytes=1000)
+        assert segment_of(store).stats()["spill_used_bytes"] > 400_000
+        assert re.fullmatch(r"The disk took 198\.\d KiB of them and refused more\.", store.describe_disk())
+
+
 def test_a_chunk_that_cannot_be_written_is_not_there_and_the_disk_goes_on() -> None:
     bad = pa.RecordBatch.from_pydict({"other": [1]})
     with stores() as (store,):
@@ -307,7 +368,7 @@ def test_a_disk_that_is_too_small_holds_the_first_chunk_and_the_others_are_fetch
         assert stats.spill_used_bytes == stats.spill_bytes == 8 << 10
         assert stats.fetched_bytes > 3 * source_bytes(pictures_path)
         assert sum(segment.spill_find(i) is not None for i in range(NUM_ROWS // CHUNK_ROWS)) == 1
-    assert "Of the 0.0 MiB for them on disk 0.0 MiB are used." in message
+    assert "Of the 8.0 KiB for them on disk 8.0 KiB are used." in message
 
 
 def test_in_an_order_that_is_known_local_chunks_are_not_spilled(pictures_path: str) -> None:

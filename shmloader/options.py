@@ -98,11 +98,10 @@ def size_text(num_bytes: float) -> str:
     """For messages: in a unit of which there is at least one ("12.5 MiB"), as a whole number below 1 KiB."""
     if num_bytes < 1024:
         return f"{num_bytes:.0f} bytes"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        num_bytes /= 1024
-        if round(num_bytes, 1) < 1024:
-            break
-    return f"{num_bytes:,.1f} {unit}"
+    power = 1
+    while power < 4 and round(num_bytes / 1024**power, 1) >= 1024:
+        power += 1
+    return f"{num_bytes / 1024**power:,.1f} {' KMGT'[power]}iB"
 
 
 _ENV_PREFETCHERS = ("SHMLOADER_PREFETCHERS", int, _PREFETCHERS)

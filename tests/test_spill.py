@@ -356,7 +356,7 @@ def test_without_the_disk_chunks_are_fetched_again_and_again_and_it_is_told(
         assert dataset.stats().fetched_bytes > 3 * source_bytes(pictures_path)
         assert (dataset.stats().spill_bytes, dataset.stats().spill_used_bytes) == (0, 0)
     why = "SHMLOADER_SPILL_BYTES is 0" if reason == "off" else "/dev/shm is in memory"
-    for part in (why, "SHMLOADER_SPILL_DIR", "dataset.sampler()", "MiB for every 64"):
+    for part in (why, "SHMLOADER_SPILL_DIR", "dataset.sampler()", " for every 64"):
         assert part in message
 
 
@@ -416,6 +416,33 @@ def test_of_a_hub_every_chunk_is_downloaded_once(tmp_path: Path, monkeypatch: py
             for _ in range(2):
                 assert sorted(labels_of(loader)) == EVERY_ROW
             assert (num_fetched(dataset), hub.num_bytes) == (fetched, sent)
+            assert told(dataset) is None
+
+
+DEAR = ".* are fetched from the source again, where they have been before:UserWarning"
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+@pytest.mark.filterwarnings(f"ignore:{DEAR}")
+def test_of_a_hub_what_the_disk_has_no_room_for_is_told_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_ours: bool
+) -> None:
+    write_pictures(tmp_path / "hub" / "org" / "pictures", NUM_ROWS, rows_per_chunk=CHUNK_ROWS)
+    with serve(tmp_path / "hub") as hub:
+        for name, value in {"ENDPOINT": hub.endpoint, "HOME": str(tmp_path / "home"), "HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(f"HF_{name}", value)
+        with opened_small("org/pictures", spill_bytes="16KiB") as dataset:
+            for epoch in range(20):
+                loader = foreign(dataset, epoch)
+                if is_ours:
+                    loader = DataLoader(dataset, 16, sampler=dataset.sampler(seed=4))
+                assert sorted(labels_of(loader)) == EVERY_ROW
+                if (message := told(dataset)) is not None:
+                    break
+            assert message is not None
+    for part in ("SHMLOADER_SPILL_BYTES", "SHMLOADER_SPILL_DIR", "SHMLOADER_RING_BYTES", "KiB for every 64 of them"):
+        assert part in message
+    assert "Of the 16.0 KiB for them on disk" in message
 
 
 def test_a_stream_is_read_once_and_then_lies_on_disk(tmp_path: Path) -> None:
@@ -432,6 +459,7 @@ def test_a_stream_is_read_once_and_then_lies_on_disk(tmp_path: Path) -> None:
         to_stay = 8
         assert spilled >= num_chunks - to_stay > 0
         assert num_fetched(dataset) <= num_chunks + to_stay
+        assert told(dataset) is None
 
 
 # ---- a disk that is full ---------------------------------------------------------------------------------------

@@ -76,13 +76,17 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         in_flight=None,
         ahead=None,
         window_bytes=DEFAULT_WINDOW,
-        spill_bytes=DEFAULT_SPILL,
+        spill_bytes=None,
         spill_dir=None,
         prefetchers=None,
         timeout_s=DEFAULT_TIMEOUT_S,
         log="WARNING",
     )
     assert Options.from_env({}) == Options() == defaults
+
+
+def test_the_default_of_what_is_spilled_is_a_share_of_the_disk() -> None:
+    assert Options().spill_size() == parse_size(DEFAULT_SPILL) == ByteSize(share=0.1)
 
 
 def test_the_default_window_is_an_amount_of_bytes() -> None:
@@ -174,7 +178,7 @@ def test_a_bad_variable_is_an_error_with_name_value_and_what_is_allowed(name: st
         ("window_bytes", 0),
         ("window_bytes", None),
         ("window_bytes", "wide"),
-        ("spill_bytes", None),
+        ("spill_bytes", "much"),
         ("spill_bytes", "-1"),
         ("spill_dir", ""),
         ("spill_dir", 7),

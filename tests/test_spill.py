@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -346,7 +347,7 @@ def test_a_foreign_sampler_fetches_each_chunk_once(pictures_path: str, num_worke
 
 
 @pytest.mark.parametrize("reason", ["off", "no folder"])
-@pytest.mark.filterwarnings(f"ignore:{REFETCH}")
+@pytest.mark.filterwarnings(f"ignore:{REFETCH}", "ignore:spill_bytes=.* was asked for")
 def test_without_the_disk_chunks_are_fetched_again_and_again_and_it_is_told(
     pictures_path: str, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
@@ -390,7 +391,7 @@ def test_where_all_fits_nothing_is_spilled(pictures_path: str) -> None:
 @pytest.mark.parametrize(
     ("spill_bytes", "line"),
     [
-        ("64MiB", "encoded chunks are kept on disk: up to 64 MiB, in "),
+        ("64MiB", "encoded chunks are kept on disk: up to 64.0 MiB, in "),
         (0, "encoded chunks are not kept on disk: that is turned off (SHMLOADER_SPILL_BYTES is 0)"),
     ],
 )
@@ -417,6 +418,61 @@ def test_of_a_hub_every_chunk_is_downloaded_once(tmp_path: Path, monkeypatch: py
                 assert sorted(labels_of(loader)) == EVERY_ROW
             assert (num_fetched(dataset), hub.num_bytes) == (fetched, sent)
             assert told(dataset) is None
+
+
+@pytest.mark.parametrize("by", ["argument", "environment", "default", "off", "ring"])
+def test_a_disk_that_was_asked_for_and_cannot_be_had_is_a_warning_where_it_is_missed(
+    pictures_path: str, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    monkeypatch.setattr("shmloader.spill_file._default_folders", lambda: ["/dev/shm"])
+    options: dict[str, Any] = {"spill_bytes": {"argument": "1MiB", "ring": "1MiB", "off": 0}.get(by)}
+    if by == "environment":
+        monkeypatch.setenv("SHMLOADER_SPILL_BYTES", "1MiB")
+        del options["spill_bytes"]
+    if by == "ring":
+        options["ring_bytes"] = "32MiB"
+    options = {"ring_bytes": "96KiB", "window_bytes": 4096, **options}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with opened(pictures_path, options=small_options(**options)):
+            pass
+    if by not in ("argument", "environment"):
+        assert caught == []
+        return
+    (warning,) = caught
+    for part in ("spill_bytes='1MiB' was asked for", "/dev/shm is in memory", "SHMLOADER_SPILL_DIR"):
+        assert part in str(warning.message)
+    assert Path(warning.filename).name == "conftest.py"  # which makes the dataset
+
+
+def test_a_warning_that_is_an_error_leaves_nothing(pictures_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shmloader.spill_file._default_folders", lambda: ["/dev/shm"])
+    before = descriptors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="was asked for"), opened_small(pictures_path):
+            pass
+    assert {fd: what for fd, what in descriptors().items() if fd not in before} == {}
+
+
+def test_datasets_of_one_process_share_what_is_theirs_of_the_disk_by_default(
+    tmp_path: Path, pictures_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmloader.spill_file._default_folders", lambda: [str(tmp_path)])
+    fields = list(os.statvfs(tmp_path))
+    fields[1], fields[4] = 4096, 1 << 20  # f_frsize, f_bavail: 4 GiB
+    monkeypatch.setattr(os, "statvfs", lambda folder: os.statvfs_result(fields))
+    whole = int(0.1 * (4 << 30)) // 4096 * 4096
+    with opened_small(pictures_path, spill_bytes=None, ring_bytes="32MiB") as fitting:
+        assert fitting.stats().spill_bytes == 0
+        with opened_small(pictures_path, spill_bytes=None) as one:
+            assert one.stats().spill_bytes == whole
+            with opened_small(pictures_path, spill_bytes="64MiB") as said:
+                assert said.stats().spill_bytes == 64 << 20
+                with opened_small(pictures_path, spill_bytes=None) as other:
+                    assert other.stats().spill_bytes == whole // 8 // 4096 * 4096
+        with opened_small(pictures_path, spill_bytes=None) as next_one:
+            assert next_one.stats().spill_bytes == whole
 
 
 DEAR = ".* are fetched from the source again, where they have been before:UserWarning"

@@ -3,6 +3,9 @@
 #define _GNU_SOURCE
 #include "transit.h"
 
+#include <sys/mman.h>
+#include <sys/stat.h>
+
 #define SPILL_BYTES (64 * KIB)
 #define PAGE        (4 * KIB)
 
@@ -252,8 +255,39 @@ static void damage_is_noticed(void)
     CHECK_EQ(shml_spill_reserve(writer, 2, PAGE, &offset), SHML_E_POISONED);
 }
 
+/* Of the file only what was given out, whole pages; what lies beside it stays, and the room is not given out again. */
+static void what_was_not_written_gives_its_blocks_back(void)
+{
+    char bytes[3 * PAGE], expected[3 * PAGE];
+    struct stat found;
+    new_spill(SPILL_BYTES);
+    int fd = memfd_create("spill", MFD_CLOEXEC);
+    CHECK(fd >= 0);
+    memset(bytes, 'x', sizeof bytes);
+    memset(expected, 'x', sizeof expected);
+    memset(expected + PAGE, 0, PAGE);
+    CHECK_EQ(pwrite(fd, bytes, sizeof bytes, 0), (ssize_t)sizeof bytes);
+    CHECK_EQ(spill(writer, 1, PAGE), 0);
+    CHECK_EQ(shml_chunk_claim(writer, 2), SHML_OK);
+    uint64_t offset = room_for(writer, 2, 100);
+    CHECK_EQ(offset, PAGE);
+    CHECK_EQ(shml_spill_give_back(writer, fd, offset, 0), SHML_E_INVAL);
+    CHECK_EQ(shml_spill_give_back(writer, fd, offset + 1, 10), SHML_E_INVAL);
+    CHECK_EQ(shml_spill_give_back(writer, fd, offset, PAGE + 1), SHML_E_INVAL);
+    CHECK_EQ(shml_spill_give_back(writer, fd, 3 * PAGE, 1), SHML_E_INVAL);
+    CHECK_EQ(shml_spill_give_back(writer, fd, offset, 100), SHML_OK);
+    CHECK_EQ(pread(fd, bytes, sizeof bytes, 0), (ssize_t)sizeof bytes);
+    CHECK(memcmp(bytes, expected, sizeof bytes) == 0);
+    CHECK(fstat(fd, &found) == 0 && found.st_blocks * 512 == 2 * (off_t)PAGE && found.st_size == 3 * (off_t)PAGE);
+    CHECK_EQ(room_for(writer, 2, 100), 2 * PAGE);
+    close(fd);
+    CHECK_EQ(shml_spill_give_back(writer, fd, offset, 100), SHML_E_SYS);
+    check_stage(writer);
+}
+
 TEST_MAIN(TEST(a_spill_is_of_whole_pages), TEST(a_set_without_a_spill_never_spills),
           TEST(a_spilled_chunk_is_at_hand_for_good), TEST(a_spilled_chunk_is_not_wanted),
           TEST(only_who_has_claimed_a_chunk_spills_it), TEST(a_place_is_committed_once_and_inside),
           TEST(a_spill_is_filled_to_its_last_page), TEST(a_frozen_spill_gives_out_no_more),
-          TEST(what_the_dead_had_reserved_is_lost_room), TEST(damage_is_noticed))
+          TEST(what_was_not_written_gives_its_blocks_back), TEST(what_the_dead_had_reserved_is_lost_room),
+          TEST(damage_is_noticed))

@@ -816,6 +816,16 @@ static PyObject *segment_spill_commit(Segment *self, PyObject *args)
     return status_or_raise(&self->seg, status, "spill_commit");
 }
 
+static PyObject *segment_spill_give_back(Segment *self, PyObject *args)
+{
+    int fd;
+    unsigned long long offset, num_bytes;
+    if (!PyArg_ParseTuple(args, "iKK", &fd, &offset, &num_bytes) || !usable(self))
+        return NULL;
+    CALL(shml_spill_give_back(&self->seg, fd, offset, num_bytes));
+    return status == SHML_OK ? Py_NewRef(Py_None) : raise_on(&self->seg, status, "spill_give_back");
+}
+
 static PyObject *segment_spill_freeze(Segment *self, PyObject *unused)
 {
     (void)unused;
@@ -1373,6 +1383,8 @@ static PyMethodDef segment_methods[] = {
      "spill_reserve(chunk, num_bytes) -> offset, or a status (negative)"},
     {"spill_commit", (PyCFunction)segment_spill_commit, METH_VARARGS,
      "spill_commit(chunk, offset, num_bytes) -> status"},
+    {"spill_give_back", (PyCFunction)segment_spill_give_back, METH_VARARGS,
+     "spill_give_back(fd, offset, num_bytes): their blocks, of the disk"},
     {"spill_freeze", (PyCFunction)segment_spill_freeze, METH_NOARGS, "spill_freeze() -> whether it was this call"},
     {"spill_find", (PyCFunction)segment_spill_find, METH_VARARGS, "spill_find(chunk) -> (offset, num_bytes) or None"},
     {"raw_release", (PyCFunction)segment_raw_release, METH_VARARGS, "raw_release(ring_fd) -> whether it was"},

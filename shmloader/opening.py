@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 from shmloader.files import RingFiles
 from shmloader.options import DEFAULT_RING_SHARE, ByteSize, Options, parse_size
@@ -15,6 +16,8 @@ from shmloader.tokens import open_batch_ring, trim_batch_ring
 
 #: Bytes that the datasets of this process which took the default size need at most, by the set's uuid.
 _default_rings: dict[str, int] = {}
+#: Of those that took the default share of a disk: its device, and bytes that they may write there.
+_default_spills: dict[str, tuple[int, int]] = {}
 
 
 def open_set(work: Work, options: Options) -> Reader:
@@ -39,7 +42,7 @@ def open_set(work: Work, options: Options) -> Reader:
     fds: list[int] = []
     reader: Reader | None = None
     try:
-        spill = make_spill_file(options)
+        spill = make_spill_file(options, _given_bytes)
         if spill.fd is not None:
             fds.append(spill.fd)
         head |= {"spill_bytes": spill.num_bytes, "spill_dir": spill.folder, "why_no_spill": spill.why_not}
@@ -49,7 +52,10 @@ def open_set(work: Work, options: Options) -> Reader:
         plan = start_set(files)
         open_batch_ring()
         reader = Reader(files, plan, options.timeout_s)
-        reader.attach()
+        stats = reader.attach().segment.stats()
+        # Where nothing is ever fetched again, a disk that cannot be had is not missed.
+        if spill.fd is None and stats["transit_bytes"] and not plan.source.is_open:
+            _warn_of_no_disk(options, spill.why_not)
     except BaseException:
         if reader is not None:
             reader.close()  # it may have entered the set
@@ -62,11 +68,30 @@ def open_set(work: Work, options: Options) -> Reader:
         # Where the samples' sizes are not known yet, leave as much to the datasets that come after.
         num_rows = plan.source.num_rows
         if num_rows is None:
-            most = reader.attach().segment.stats()["transit_bytes"]
+            most = stats["transit_bytes"]
         else:
             most = size // 2 if record_bytes is None else record_bytes * num_rows
         _default_rings[ring_files.uuid] = most
+    if options.spill_bytes is None:
+        _default_spills[ring_files.uuid] = spill.device, stats["spill_bytes"]  # none where all fits the ring
     return reader
+
+
+def _given_bytes(device: int) -> int:
+    """Of the default share of this disk, what other datasets of this process have."""
+    return sum(num_bytes for of, num_bytes in _default_spills.values() if of == device)
+
+
+def _warn_of_no_disk(options: Options, why_not: str) -> None:
+    """Say that what was asked for cannot be had; by default there is a disk where there is one."""
+    if options.spill_bytes is None or options.spill_size().num_bytes == 0:
+        return
+    warnings.warn(
+        f"spill_bytes={options.spill_bytes!r} was asked for, but encoded chunks are not kept on disk: {why_not}. Set "
+        "SHMLOADER_SPILL_DIR (or Options.spill_dir) to a folder on a local disk that can be written to, or "
+        "SHMLOADER_SPILL_BYTES=0 to do without.",
+        stacklevel=5,  # who makes the dataset
+    )
 
 
 def _ring_size(options: Options) -> int:
@@ -84,5 +109,6 @@ def close_set(reader: Reader, pid: int) -> None:
     """Leave the set, if this is the process (``pid``) that attached: a forked child does not close its parent's."""
     if os.getpid() == pid:
         _default_rings.pop(reader.files.ring.uuid, None)
+        _default_spills.pop(reader.files.ring.uuid, None)
         reader.close()
         trim_batch_ring()

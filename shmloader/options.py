@@ -94,6 +94,16 @@ def parse_size(text: str | int, name: str = "size", kind: SizeKind = _MEMORY) ->
     raise _bad(name, text, kind.allowed)
 
 
+def size_text(num_bytes: float) -> str:
+    """For messages: in a unit of which there is at least one ("12.5 MiB"), as a whole number below 1 KiB."""
+    if num_bytes < 1024:
+        return f"{num_bytes:.0f} bytes"
+    power = 1
+    while power < 4 and round(num_bytes / 1024**power, 1) >= 1024:
+        power += 1
+    return f"{num_bytes / 1024**power:,.1f} {' KMGT'[power]}iB"
+
+
 _ENV_PREFETCHERS = ("SHMLOADER_PREFETCHERS", int, _PREFETCHERS)
 _ENV_IN_FLIGHT = ("SHMLOADER_IN_FLIGHT", int, _SAMPLES)
 _ENV_AHEAD = ("SHMLOADER_AHEAD", int, _SAMPLES)
@@ -113,10 +123,13 @@ class Options:
     window_bytes: encoded bytes of the chunks that are shuffled among one another where the data does not fit the
         ring; twice that is kept in memory. Another value is another order. ``SHMLOADER_WINDOW_BYTES``
     spill_bytes: encoded chunks of data that do not fit the ring are kept on local disk up to this size, where fetching
-        them again would cost: those of a Hub or a stream, and those that are read in an order that is not known.
-        Bytes, or a share of what is free on that disk ("10%", the default); 0: none. ``SHMLOADER_SPILL_BYTES``
+        them again would cost: those of a Hub, or of what can only be read front to back and tells its length, and
+        those that are read in an order that is not known. Bytes, or a share of what is free on that disk ("10%");
+        0: none; None: 10 %, for all datasets of the process together (each process has its own, as each rank). No
+        more than the disk is large. ``SHMLOADER_SPILL_BYTES``
     spill_dir: the folder of their file, which has no name in it and ends with the processes; None: ``TMPDIR``, else
-        /var/tmp, else /tmp, the first that can be written to and is not in memory. ``SHMLOADER_SPILL_DIR``
+        /var/tmp, else /tmp, the first that can be written to and is not in memory. One that is given is tried when
+        the dataset is made, whether it will be needed or not. ``SHMLOADER_SPILL_DIR``
     prefetchers: number of prefetch processes; None: one a core, 8 at most. ``SHMLOADER_PREFETCHERS``
     timeout_s: a reader that waits this long without any progress of the prefetchers raises
         `WaitTimeoutError`. ``SHMLOADER_TIMEOUT_S``
@@ -129,8 +142,8 @@ class Options:
     window_bytes: int | str = field(
         default_factory=lambda: _env_size(os.environ, "SHMLOADER_WINDOW_BYTES", _WINDOW) or DEFAULT_WINDOW
     )
-    spill_bytes: int | str = field(
-        default_factory=lambda: _env_size(os.environ, "SHMLOADER_SPILL_BYTES", _SPILL) or DEFAULT_SPILL
+    spill_bytes: int | str | None = field(
+        default_factory=lambda: _env_size(os.environ, "SHMLOADER_SPILL_BYTES", _SPILL)
     )
     spill_dir: str | None = field(default_factory=lambda: os.environ.get("SHMLOADER_SPILL_DIR") or None)
     prefetchers: int | None = field(default_factory=lambda: _number(os.environ, *_ENV_PREFETCHERS))
@@ -141,7 +154,7 @@ class Options:
         if self.ring_bytes is not None:
             parse_size(self.ring_bytes, "ring_bytes")
         parse_size(self.window_bytes, "window_bytes", _WINDOW)
-        parse_size(self.spill_bytes, "spill_bytes", _SPILL)
+        self.spill_size()
         if self.spill_dir is not None and not (isinstance(self.spill_dir, str) and self.spill_dir):
             raise _bad("spill_dir", self.spill_dir, "the name of a folder")
         for name in ("in_flight", "ahead"):
@@ -166,7 +179,7 @@ class Options:
             in_flight=_number(env, *_ENV_IN_FLIGHT),
             ahead=_number(env, *_ENV_AHEAD),
             window_bytes=_env_size(env, "SHMLOADER_WINDOW_BYTES", _WINDOW) or DEFAULT_WINDOW,
-            spill_bytes=_env_size(env, "SHMLOADER_SPILL_BYTES", _SPILL) or DEFAULT_SPILL,
+            spill_bytes=_env_size(env, "SHMLOADER_SPILL_BYTES", _SPILL),
             spill_dir=env.get("SHMLOADER_SPILL_DIR") or None,
             prefetchers=_number(env, *_ENV_PREFETCHERS),
             timeout_s=_number(env, *_ENV_TIMEOUT) or DEFAULT_TIMEOUT_S,
@@ -175,7 +188,7 @@ class Options:
 
     def spill_size(self) -> ByteSize:
         """What `spill_bytes` says, in bytes (0: none) or as a share of the disk."""
-        return parse_size(self.spill_bytes, "spill_bytes", _SPILL)
+        return parse_size(DEFAULT_SPILL if self.spill_bytes is None else self.spill_bytes, "spill_bytes", _SPILL)
 
     def num_prefetchers(self) -> int:
         """How many prefetchers to start: what was asked for, else one a core, at most 8."""

@@ -17,8 +17,10 @@ class Stats:
     fetched_bytes: encoded bytes taken from the source so far.
     ring_bytes: the ring's size. transit_bytes: of it for samples that give way to others; 0 where all fit.
     ring_backed_bytes: of the ring backed by memory. ring_used_bytes: in records. encoded_bytes: of encoded chunks that
-        the services keep beside the ring. spill_bytes, spill_used_bytes: those that they may keep on disk (0 where
-        all samples fit, or SHMLOADER_SPILL_BYTES is 0), and what of that is taken.
+        the services keep beside the ring. spill_bytes: those that they may keep on disk; 0 where SHMLOADER_SPILL_BYTES
+        is 0, all samples fit, no folder on a disk was found, or the length of the stream is not known.
+        spill_used_bytes: given out of these, whole pages; also what was never written, since a service was killed
+        meanwhile or the disk refused.
     prefetchers: prefetch processes at work (0 once all is there). service_pids: supervisor and prefetchers.
     num_workers: attached DataLoader workers. restarts: services that died and were
         replaced.

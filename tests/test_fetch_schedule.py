@@ -250,12 +250,12 @@ class FakeSegment:
 
 def refetch(segment: FakeSegment, num_decoded: int, urgent: bool = True) -> list[str]:
     """What is told after a chunk was fetched again and again, and so many rows were decoded each time."""
-    refetches = Refetches(segment, "the set", 12 * ROWS, 12, lambda: "The disk is full.")
+    refetches = Refetches(segment, "the set", 12 * ROWS, 12, False, lambda: "The disk is full.")
     for _ in range(2 * TELL_AFTER + 1):
         segment.counts["num_fetched"] += 1
         segment.counts["fetched_bytes"] += 1 << 20
         segment.counts["num_commits"] += num_decoded
-        refetches.note(0, urgent)
+        refetches.note(0, 1000.0, urgent, True)
     return segment.told
 
 
@@ -276,3 +276,33 @@ def test_refetching_in_an_order_that_is_known_is_no_matter():
 
 def test_refetching_that_nobody_waits_for_is_no_matter():
     assert refetch(FakeSegment(), 1, urgent=False) == []
+
+
+def of_a_dear_source(segment: FakeSegment, urgent: bool = False, is_refused: bool = True) -> list[str]:
+    """What is told after each chunk of a Hub was fetched, and then each again, twice."""
+    refetches = Refetches(segment, "the set", 12 * ROWS, 12, True, lambda: "The disk is full.")
+    for chunk in range(12):
+        refetches.note(chunk, 2 << 20, urgent, is_refused)
+    assert segment.told == []
+    for chunk in (3, 4) * 2:
+        refetches.note(chunk, 2 << 20, urgent, is_refused)
+    return segment.told
+
+
+@pytest.mark.parametrize("urgent", [False, True])
+def test_a_dear_chunk_that_is_fetched_again_in_a_known_order_is_told_once_with_what_helps(urgent: bool):
+    (message,) = of_a_dear_source(FakeSegment(num_orders=1), urgent)
+    remedies = ("SHMLOADER_RING_BYTES", "SHMLOADER_SPILL_BYTES", "SHMLOADER_SPILL_DIR")
+    for part in ("the set", "before: 128.0 MiB for every 64", "The disk is full.", *remedies):
+        assert part in message
+    assert "sampler" not in message
+
+
+def test_a_dear_chunk_that_is_fetched_again_in_an_unknown_order_is_told_at_once_and_the_sampler_helps_too():
+    (message,) = of_a_dear_source(FakeSegment())
+    for part in ("at least 128.0 MiB for every 64", "The disk is full.", "SHMLOADER_SPILL_BYTES", "dataset.sampler()"):
+        assert part in message
+
+
+def test_a_dear_chunk_that_lies_on_disk_or_will_stay_is_no_matter():
+    assert of_a_dear_source(FakeSegment(num_orders=1), is_refused=False) == []

@@ -18,6 +18,7 @@ from shmloader.options import (
     MAX_DEFAULT_PREFETCHERS,
     ByteSize,
     parse_size,
+    size_text,
 )
 
 
@@ -43,6 +44,23 @@ def test_a_size_may_be_a_share_of_memory(text: str, share: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        ((1 << 20) - 1, "1.0 MiB"),
+        (3 << 19, "1.5 MiB"),
+        (20 << 30, "20.0 GiB"),
+        (64 << 40, "64.0 TiB"),
+        (5000 << 40, "5,000.0 TiB"),
+    ],
+)
+def test_a_size_is_told_in_a_unit_that_fits(num_bytes: int, text: str) -> None:
+    assert size_text(num_bytes) == text
+
+
+@pytest.mark.parametrize(
     "text", ["", "much", "0", "-1", -5, "0%", "101%", "5 apples", "1e9", "MiB", "0.1", "1,5GB", "nan", True, 1.5]
 )
 def test_a_bad_size_is_an_error_with_name_value_and_what_is_allowed(text: Any) -> None:
@@ -58,13 +76,17 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         in_flight=None,
         ahead=None,
         window_bytes=DEFAULT_WINDOW,
-        spill_bytes=DEFAULT_SPILL,
+        spill_bytes=None,
         spill_dir=None,
         prefetchers=None,
         timeout_s=DEFAULT_TIMEOUT_S,
         log="WARNING",
     )
     assert Options.from_env({}) == Options() == defaults
+
+
+def test_the_default_of_what_is_spilled_is_a_share_of_the_disk() -> None:
+    assert Options().spill_size() == parse_size(DEFAULT_SPILL) == ByteSize(share=0.1)
 
 
 def test_the_default_window_is_an_amount_of_bytes() -> None:
@@ -156,7 +178,7 @@ def test_a_bad_variable_is_an_error_with_name_value_and_what_is_allowed(name: st
         ("window_bytes", 0),
         ("window_bytes", None),
         ("window_bytes", "wide"),
-        ("spill_bytes", None),
+        ("spill_bytes", "much"),
         ("spill_bytes", "-1"),
         ("spill_dir", ""),
         ("spill_dir", 7),

@@ -3,15 +3,18 @@ set that does not fit its ring is fetched twice where that costs."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,7 +68,8 @@ def stores(num_stores: int = 1, spill_bytes: int = 1 << 20) -> Iterator[list[Raw
         first_rows = list(range(0, NUM_CHUNKS * ROWS, ROWS))
         spills = [Spill(ring.segment, file.fileno()) for ring in rings]
         yield [
-            RawStore(ring, Writer(ring), SCHEMA, first_rows, spill) for ring, spill in zip(rings, spills, strict=True)
+            RawStore(ring, Writer(ring), SCHEMA, first_rows, spill=spill)
+            for ring, spill in zip(rings, spills, strict=True)
         ]
         assert rings[0].segment.check() is None
         for ring in rings:
@@ -187,6 +191,65 @@ def test_a_disk_that_refuses_is_told_once_and_not_asked_again(
         assert read(other, [0, 199, 200]) == [0, 199, 200]
 
 
+def taken_bytes(store: RawStore) -> int:
+    """What the file takes of the disk."""
+    return os.fstat(store._spill._fd).st_blocks * 512
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "the disk is on fire"), ZeroDivisionError("a bug")])
+def test_what_is_not_written_takes_no_room_of_the_disk(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    real = os.pwrite
+
+    def write_half(fd: int, data: memoryview, offset: int) -> int:
+        real(fd, data[: len(data) // 2], offset)
+        raise error
+
+    with stores() as (store,):
+        assert spill(store, 0)
+        before = taken_bytes(store)
+        monkeypatch.setattr(os, "pwrite", write_half)
+        with contextlib.suppress(ZeroDivisionError):
+            assert not spill(store, 1, text_bytes=1000)
+        assert taken_bytes(store) == before > 0
+        assert read(store, [0, 199]) == [0, 199]
+
+
+def test_a_disk_that_cannot_give_back_what_it_took_refuses_as_any_other(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Stubborn:
+        """The segment, whose file has no holes."""
+
+        def __init__(self, segment: native.Segment) -> None:
+            self.segment = segment
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.segment, name)
+
+        def spill_give_back(self, *_: int) -> None:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.EIO, "the disk is on fire")
+
+    with stores() as (store,), caplog.at_level(logging.INFO, "shmloader"):
+        store._spill._segment = Stubborn(segment_of(store))  # type: ignore[assignment]
+        monkeypatch.setattr(os, "pwrite", refuse)
+        assert not spill(store, 1)
+        kept, refused = (record.getMessage() for record in caplog.records)
+        assert "the disk keeps up to" in kept
+        assert "the disk is on fire" in refused
+
+
+def test_what_a_refusing_disk_holds_is_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "posix_fallocate", lambda fd, offset, num_bytes: None if offset == 0 else os.fstat(-1))
+    with stores() as (store,):
+        assert spill(store, 0, text_bytes=1000)
+        assert not spill(store, 1, text_bytes=1000)
+        assert segment_of(store).stats()["spill_used_bytes"] > 400_000
+        assert re.fullmatch(r"The disk took 198\.\d KiB of them and refused more\.", store.describe_disk())
+
+
 def test_a_chunk_that_cannot_be_written_is_not_there_and_the_disk_goes_on() -> None:
     bad = pa.RecordBatch.from_pydict({"other": [1]})
     with stores() as (store,):
@@ -284,7 +347,7 @@ def test_a_foreign_sampler_fetches_each_chunk_once(pictures_path: str, num_worke
 
 
 @pytest.mark.parametrize("reason", ["off", "no folder"])
-@pytest.mark.filterwarnings(f"ignore:{REFETCH}")
+@pytest.mark.filterwarnings(f"ignore:{REFETCH}", "ignore:spill_bytes=.* was asked for")
 def test_without_the_disk_chunks_are_fetched_again_and_again_and_it_is_told(
     pictures_path: str, monkeypatch: pytest.MonkeyPatch, reason: str
 ) -> None:
@@ -294,7 +357,7 @@ def test_without_the_disk_chunks_are_fetched_again_and_again_and_it_is_told(
         assert dataset.stats().fetched_bytes > 3 * source_bytes(pictures_path)
         assert (dataset.stats().spill_bytes, dataset.stats().spill_used_bytes) == (0, 0)
     why = "SHMLOADER_SPILL_BYTES is 0" if reason == "off" else "/dev/shm is in memory"
-    for part in (why, "SHMLOADER_SPILL_DIR", "dataset.sampler()", "MiB for every 64"):
+    for part in (why, "SHMLOADER_SPILL_DIR", "dataset.sampler()", " for every 64"):
         assert part in message
 
 
@@ -306,7 +369,7 @@ def test_a_disk_that_is_too_small_holds_the_first_chunk_and_the_others_are_fetch
         assert stats.spill_used_bytes == stats.spill_bytes == 8 << 10
         assert stats.fetched_bytes > 3 * source_bytes(pictures_path)
         assert sum(segment.spill_find(i) is not None for i in range(NUM_ROWS // CHUNK_ROWS)) == 1
-    assert "Of the 0.0 MiB for them on disk 0.0 MiB are used." in message
+    assert "Of the 8.0 KiB for them on disk 8.0 KiB are used." in message
 
 
 def test_in_an_order_that_is_known_local_chunks_are_not_spilled(pictures_path: str) -> None:
@@ -328,14 +391,14 @@ def test_where_all_fits_nothing_is_spilled(pictures_path: str) -> None:
 @pytest.mark.parametrize(
     ("spill_bytes", "line"),
     [
-        ("64MiB", "encoded chunks are kept on disk: up to 64 MiB, in "),
+        ("64MiB", "encoded chunks are kept on disk: up to 64.0 MiB, in "),
         (0, "encoded chunks are not kept on disk: that is turned off (SHMLOADER_SPILL_BYTES is 0)"),
     ],
 )
 def test_the_log_says_where_chunks_are_kept(
     pictures_path: str, capfd: Any, monkeypatch: pytest.MonkeyPatch, spill_bytes: Any, line: str
 ) -> None:
-    monkeypatch.setattr("shmloader.dataset._show_log", lambda level: None)  # only that of the services
+    monkeypatch.setattr("shmloader.base_dataset._show_log", lambda level: None)  # only that of the services
     with opened_small(pictures_path, spill_bytes=spill_bytes, log="INFO"):
         assert capfd.readouterr().err.count(line) == 1
 
@@ -354,6 +417,88 @@ def test_of_a_hub_every_chunk_is_downloaded_once(tmp_path: Path, monkeypatch: py
             for _ in range(2):
                 assert sorted(labels_of(loader)) == EVERY_ROW
             assert (num_fetched(dataset), hub.num_bytes) == (fetched, sent)
+            assert told(dataset) is None
+
+
+@pytest.mark.parametrize("by", ["argument", "environment", "default", "off", "ring"])
+def test_a_disk_that_was_asked_for_and_cannot_be_had_is_a_warning_where_it_is_missed(
+    pictures_path: str, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    monkeypatch.setattr("shmloader.spill_file._default_folders", lambda: ["/dev/shm"])
+    options: dict[str, Any] = {"spill_bytes": {"argument": "1MiB", "ring": "1MiB", "off": 0}.get(by)}
+    if by == "environment":
+        monkeypatch.setenv("SHMLOADER_SPILL_BYTES", "1MiB")
+        del options["spill_bytes"]
+    if by == "ring":
+        options["ring_bytes"] = "32MiB"
+    options = {"ring_bytes": "96KiB", "window_bytes": 4096, **options}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with opened(pictures_path, options=small_options(**options)):
+            pass
+    if by not in ("argument", "environment"):
+        assert caught == []
+        return
+    (warning,) = caught
+    for part in ("spill_bytes='1MiB' was asked for", "/dev/shm is in memory", "SHMLOADER_SPILL_DIR"):
+        assert part in str(warning.message)
+    assert Path(warning.filename).name == "conftest.py"  # which makes the dataset
+
+
+def test_a_warning_that_is_an_error_leaves_nothing(pictures_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shmloader.spill_file._default_folders", lambda: ["/dev/shm"])
+    before = descriptors()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="was asked for"), opened_small(pictures_path):
+            pass
+    assert {fd: what for fd, what in descriptors().items() if fd not in before} == {}
+
+
+def test_datasets_of_one_process_share_what_is_theirs_of_the_disk_by_default(
+    tmp_path: Path, pictures_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shmloader.spill_file._default_folders", lambda: [str(tmp_path)])
+    fields = list(os.statvfs(tmp_path))
+    fields[1], fields[4] = 4096, 1 << 20  # f_frsize, f_bavail: 4 GiB
+    monkeypatch.setattr(os, "statvfs", lambda folder: os.statvfs_result(fields))
+    whole = int(0.1 * (4 << 30)) // 4096 * 4096
+    with opened_small(pictures_path, spill_bytes=None, ring_bytes="32MiB") as fitting:
+        assert fitting.stats().spill_bytes == 0
+        with opened_small(pictures_path, spill_bytes=None) as one:
+            assert one.stats().spill_bytes == whole
+            with opened_small(pictures_path, spill_bytes="64MiB") as said:
+                assert said.stats().spill_bytes == 64 << 20
+                with opened_small(pictures_path, spill_bytes=None) as other:
+                    assert other.stats().spill_bytes == whole // 8 // 4096 * 4096
+        with opened_small(pictures_path, spill_bytes=None) as next_one:
+            assert next_one.stats().spill_bytes == whole
+
+
+DEAR = ".* are fetched from the source again, where they have been before:UserWarning"
+
+
+@pytest.mark.parametrize("is_ours", [True, False])
+@pytest.mark.filterwarnings(f"ignore:{DEAR}")
+def test_of_a_hub_what_the_disk_has_no_room_for_is_told_in_any_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_ours: bool
+) -> None:
+    write_pictures(tmp_path / "hub" / "org" / "pictures", NUM_ROWS, rows_per_chunk=CHUNK_ROWS)
+    with serve(tmp_path / "hub") as hub:
+        for name, value in {"ENDPOINT": hub.endpoint, "HOME": str(tmp_path / "home"), "HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(f"HF_{name}", value)
+        with opened_small("org/pictures", spill_bytes="16KiB") as dataset:
+            for epoch in range(20):
+                loader = foreign(dataset, epoch)
+                if is_ours:
+                    loader = DataLoader(dataset, 16, sampler=dataset.sampler(seed=4))
+                assert sorted(labels_of(loader)) == EVERY_ROW
+                if (message := told(dataset)) is not None:
+                    break
+            assert message is not None
+    for part in ("SHMLOADER_SPILL_BYTES", "SHMLOADER_SPILL_DIR", "SHMLOADER_RING_BYTES", "KiB for every 64 of them"):
+        assert part in message
+    assert "Of the 16.0 KiB for them on disk" in message
 
 
 def test_a_stream_is_read_once_and_then_lies_on_disk(tmp_path: Path) -> None:
@@ -370,6 +515,7 @@ def test_a_stream_is_read_once_and_then_lies_on_disk(tmp_path: Path) -> None:
         to_stay = 8
         assert spilled >= num_chunks - to_stay > 0
         assert num_fetched(dataset) <= num_chunks + to_stay
+        assert told(dataset) is None
 
 
 # ---- a disk that is full ---------------------------------------------------------------------------------------

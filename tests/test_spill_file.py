@@ -63,6 +63,14 @@ def test_a_device_that_is_not_mounted_by_its_number_is_a_disk(tmp_path: Path) ->
     assert not is_in_memory(str(tmp_path), MOUNTS.format(device="9999:9999", kind="tmpfs"))
 
 
+def test_a_mount_whose_name_is_no_text_is_read_as_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = tmp_path.stat().st_dev
+    mounts = MOUNTS.format(device=f"{os.major(device)}:{os.minor(device)}", kind="tmpfs").encode()
+    (tmp_path / "mountinfo").write_bytes(b"26 1 9999:9 / /mnt/\xff\xfe rw - ext4 /dev/vdb rw\n" + mounts)
+    monkeypatch.setattr(shmloader.spill_file, "_MOUNTS", tmp_path / "mountinfo")
+    assert is_in_memory(str(tmp_path))
+
+
 def test_shared_memory_of_this_machine_is_in_memory() -> None:
     assert is_in_memory("/dev/shm")
 
@@ -130,21 +138,54 @@ def test_a_size_in_bytes_is_taken_to_whole_pages(folders: dict[str, str], size: 
         assert file.num_bytes == num_bytes
 
 
-def test_a_share_is_of_what_is_free_on_that_disk(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = os.statvfs(folders["disk"])
+def have_disk(monkeypatch: pytest.MonkeyPatch, folder: str, pages: int, free_pages: int) -> None:
+    real = os.statvfs(folder)
 
-    def statvfs(folder: str) -> Any:
-        assert folder == folders["disk"]
+    def statvfs(path: str) -> Any:
+        assert path == folder
         fields = list(real)
-        fields[1], fields[4] = 4096, 1000  # f_frsize, f_bavail
+        fields[1:5] = 4096, pages, free_pages, free_pages  # f_frsize, f_blocks, f_bfree, f_bavail
         return os.statvfs_result(fields)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
+
+
+def test_a_share_is_of_what_is_free_on_that_disk(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    have_disk(monkeypatch, folders["disk"], 5000, 1000)
     with made(spill_bytes="25%") as file:
         assert file.num_bytes == 250 * 4096
 
 
-def test_no_file_is_larger_than_its_places_can_tell(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("given_pages", "spill_bytes", "num_pages"),
+    [(0, None, 100), (30, None, 70), (90, None, 12), (1000, None, 12), (90, "10%", 100), (90, 4096 * 50, 50)],
+)
+def test_of_the_default_share_is_what_others_were_not_given(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, given_pages: int, spill_bytes: Any, num_pages: int
+) -> None:
+    have_disk(monkeypatch, folders["disk"], 5000, 1000)
+    given = {Path(folders["disk"]).stat().st_dev: given_pages * 4096}
+    file = make_spill_file(Options(spill_bytes=spill_bytes), given.__getitem__)
+    assert file.fd is not None
+    os.close(file.fd)
+    assert (file.num_bytes, file.device) == (num_pages * 4096, *given)
+
+
+def test_the_largest_size_is_no_more_than_the_disk_has() -> None:
+    folder = "/var/tmp"
+    space = os.statvfs(folder)
+    with made(spill_bytes="64TiB", spill_dir=folder) as file:
+        assert file.fd is not None
+        assert os.fstat(file.fd).st_size == file.num_bytes
+        assert file.num_bytes == min(space.f_blocks * space.f_frsize // 4096 * 4096, MOST_BYTES)
+
+
+@pytest.mark.parametrize("pages", [0, 1 << 33])
+def test_no_file_is_larger_than_a_file_system_takes(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, pages: int
+) -> None:
+    have_disk(monkeypatch, folders["disk"], pages, 1000)
+    assert MOST_BYTES == (16 << 40) - 4096  # of ext4
     sizes = []
     monkeypatch.setattr(os, "ftruncate", lambda fd, size: sizes.append(size))
     monkeypatch.setattr(shmloader.spill_file.mmap, "mmap", lambda *_: io.BytesIO())

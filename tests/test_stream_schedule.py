@@ -337,7 +337,7 @@ def test_rows_can_be_decoded_while_others_of_their_chunk_are_still_to_come():
     with open_world() as made:
         order, lent = made.join(), Lent()
         cut, seen = OpenCut(made.segment, lent), []
-        store = RawStore(made.service, made.writer, SCHEMA, PlaceRows(made.segment), lent)
+        store = RawStore(made.service, made.writer, SCHEMA, PlaceRows(made.segment), lent=lent)
         ids = np.array(made.ids(order, range(ROWS)))
 
         def look(row: int) -> None:

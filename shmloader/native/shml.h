@@ -355,12 +355,15 @@ int shml_raw_release(shml_seg_t *seg, int fd);
 #define SHML_MAX_SPILL_BYTES   (UINT64_C(1) << 44)
 #define SHML_MAX_SPILLED_BYTES (UINT64_C(1) << 37)
 /* Room for the encoded rows of a chunk that this client has claimed: *offset, a multiple of 4096. What is reserved and
- * not committed (a kill, an error) is lost: nothing is ever given back.
+ * not committed (a kill, an error) is lost: no room is given out twice.
  * STALE: this client has not claimed it (any more). FULL: there is no room for so much, or the disk refused more. */
 int shml_spill_reserve(shml_seg_t *seg, uint32_t chunk, uint64_t num_bytes, uint64_t *offset);
 /* They are written: from now on the chunk is there for good, and is not fetched again. End the claim with
  * shml_chunk_end. STALE: as above. INVAL: outside of what was given out. EXISTS: it is spilled already. */
 int shml_spill_commit(shml_seg_t *seg, uint32_t chunk, uint64_t offset, uint64_t num_bytes);
+/* What was reserved at `offset` and will never be committed gives its blocks of the disk back: they read as zeros, and
+ * the room is not given out again. INVAL: outside of what was given out. SYS: this disk cannot. */
+int shml_spill_give_back(const shml_seg_t *seg, int fd, uint64_t offset, uint64_t num_bytes);
 /* The disk refused: nothing more is spilled. 1: it was this call that said so, 0: somebody had before. */
 int shml_spill_freeze(shml_seg_t *seg);
 /* Where a spilled chunk lies, for good; num_bytes is rounded up to 64. Takes no lock. NOTFOUND: it is not spilled. */

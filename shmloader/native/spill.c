@@ -2,8 +2,8 @@
  *
  * The file is only added to: room is given out from its beginning to its end, whole pages at a time, and nothing is ever
  * removed. So a chunk that is there stays there, needs no pin, and is read without the mutex. Whoever has claimed a
- * chunk reserves room, writes the bytes (the file is not the core's: it sees neither its descriptor nor its bytes), and
- * commits. A chunk is either in the raw region or spilled, never both: only its claimant writes either, and what is
+ * chunk reserves room, writes the bytes (the file is not the core's, which never sees its bytes), and commits.
+ * What cannot be written gives its blocks back to the disk; its room in the file is lost. A chunk is either in the raw region or spilled, never both: only its claimant writes either, and what is
  * there of one or the other cannot be claimed.
  *
  * field            written by                                                         kind
@@ -19,8 +19,13 @@
  *   in reserve, after it, or while writing    room that is lost; the chunk CLAIMED        reap: TODO; the room by nobody
  *   in commit, before `spilled`               the same                                    the same
  *   in commit, after it                       the chunk spilled and CLAIMED               reap: TODO, not to be claimed
+ *   in give_back                              blocks taken that nobody uses               the end of the file
  *   in freeze                                 frozen or not                               the next that cannot write
  */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+
 #include "failpoint.h"
 #include "layout.h"
 
@@ -94,6 +99,19 @@ int shml_spill_commit(shml_seg_t *seg, uint32_t chunk, uint64_t offset, uint64_t
     }
     shml_unlock(seg);
     return status;
+}
+
+/* Room is given out once, so what is not committed is nobody else's, whether the claim has ended meanwhile or not. */
+int shml_spill_give_back(const shml_seg_t *seg, int fd, uint64_t offset, uint64_t num_bytes)
+{
+    uint64_t end = atomic_load_explicit(&seg->control->spill_end, memory_order_acquire);
+    if (num_bytes == 0 || offset % SHML_SPILL_PAGE != 0 || offset > end || num_bytes > end - offset)
+        return SHML_E_INVAL;
+    while (fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
+                     (off_t)shml_spill_pages(num_bytes)) != 0)
+        if (errno != EINTR)
+            return SHML_E_SYS;
+    return SHML_OK;
 }
 
 int shml_spill_freeze(shml_seg_t *seg)

@@ -38,6 +38,11 @@ class _Fetched:
     pick: Pick
     batches: list[pa.RecordBatch]
 
+    @property
+    def num_bytes(self) -> int:
+        """Encoded, of its rows."""
+        return sum(batch.nbytes for batch in self.batches)
+
 
 class Fetcher:
     """The fetching of one prefetcher. What it has claimed when it dies is claimed by another.
@@ -62,7 +67,9 @@ class Fetcher:
         self._waiting: _Fetched | None = None
         self._held = Held(segment, most_held_bytes)
         source = plan.source
-        self._refetches = Refetches(segment, source.name, source.num_rows or 0, len(source.chunks), store.describe_disk)
+        self._is_dear = source.mode in DEAR
+        num_rows, num_chunks = source.num_rows or 0, len(source.chunks)
+        self._refetches = Refetches(segment, source.name, num_rows, num_chunks, self._is_dear, store.describe_disk)
         self._is_stopped = threading.Event()
         # A daemon: the process must be able to end while a read hangs in the network.
         self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
@@ -144,8 +151,8 @@ class Fetcher:
         if pick.rows is not None and not batches:  # the stream had ended before it
             self._segment.chunk_end(pick.chunk, native.FETCH_GIVEN_UP)
             return True
-        self._segment.count_fetched(sum(batch.nbytes for batch in batches))
         fetched = _Fetched(pick, batches)
+        self._segment.count_fetched(fetched.num_bytes)
         if self._put(fetched, is_first=True):
             return True
         if self._waiting is None and (pick.why is not Why.PASSING or pick.stays):
@@ -170,7 +177,7 @@ class Fetcher:
         pick = fetched.pick
         try:
             if is_first and self._is_for_disk(pick) and self._store.put_on_disk(pick.chunk, fetched.batches):
-                self._end(pick)
+                self._end(fetched, is_on_disk=True)
                 return True
             try:
                 num_bytes = self._store.put(pick.chunk, fetched.batches, pick.stamp, False)
@@ -188,16 +195,18 @@ class Fetcher:
             raise self._too_large(pick, error) from error
         if pick.urgent and not pick.stays and pick.stamp is None:
             self._held.add(pick.chunk, num_bytes)
-        self._end(pick)
+        self._end(fetched, is_on_disk=False)
         return True
 
     def _is_for_disk(self, pick: Pick) -> bool:
         """Whether it would be fetched again, and that costs or is not known to be once an epoch."""
-        return not pick.stays and (self._plan.source.mode in DEAR or pick.stamp is None)
+        return not pick.stays and (self._is_dear or pick.stamp is None)
 
-    def _end(self, pick: Pick) -> None:
+    def _end(self, fetched: _Fetched, is_on_disk: bool) -> None:
+        pick = fetched.pick
         self._segment.chunk_end(pick.chunk, native.FETCH_OK)
-        self._refetches.note(pick.chunk, pick.urgent)
+        row_bytes = fetched.num_bytes / max(sum(batch.num_rows for batch in fetched.batches), 1)
+        self._refetches.note(pick.chunk, row_bytes, pick.urgent, not is_on_disk and self._is_for_disk(pick))
 
     def _chunk_of(self, pick: Pick) -> Chunk:
         return self._plan.source.chunks[pick.chunk] if pick.rows is None else pick.rows

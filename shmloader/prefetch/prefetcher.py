@@ -96,7 +96,7 @@ class Prefetcher:
         assert isinstance(reader, OpenReader)
         lent = Lent()
         orders = OpenOrders(self.segment, BATCH_ROWS)
-        store = RawStore(self.ring, self.writer, plan.source.schema, PlaceRows(self.segment), lent)
+        store = RawStore(self.ring, self.writer, plan.source.schema, PlaceRows(self.segment), lent=lent)
         chunk_bytes = BATCH_ROWS * plan.source.row_bytes
         schedule = StreamSchedule(self.segment, orders, OPEN_AHEAD_BYTES, chunk_bytes, BATCH_ROWS, reader.keep)
         lending = LendingReader(self.segment, reader, lent)

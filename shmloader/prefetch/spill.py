@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import IO, Any
 
 import shmloader._native as native
+from shmloader.options import size_text
 
 log = logging.getLogger("shmloader.prefetcher")
 
@@ -45,19 +46,32 @@ class Spill:
         if offset < 0:
             return offset == native.STALE
         try:
-            os.posix_fallocate(self._fd, offset, num_bytes)
-            with io.BufferedWriter(_Part(self._fd, offset, num_bytes), _BUFFER_BYTES) as file:
-                write(file)
-                file.flush()
-                written = file.tell()
-        except OSError as error:
+            self._write(chunk, offset, num_bytes, write)
+        except BaseException as error:
+            self._give_back(offset, num_bytes)
+            if not isinstance(error, OSError):
+                raise
             if self._segment.spill_freeze():
                 log.warning("the disk takes no more encoded chunks, which will be fetched again when needed: %s", error)
             return False
-        if written != num_bytes:
-            raise ValueError(f"chunk {chunk} took {written} bytes of {num_bytes}")
         self._segment.spill_commit(chunk, offset, num_bytes)
         return True
+
+    def _write(self, chunk: int, offset: int, num_bytes: int, write: Callable[[IO[bytes]], None]) -> None:
+        os.posix_fallocate(self._fd, offset, num_bytes)
+        with io.BufferedWriter(_Part(self._fd, offset, num_bytes), _BUFFER_BYTES) as file:
+            write(file)
+            file.flush()
+            written = file.tell()
+        if written != num_bytes:
+            raise ValueError(f"chunk {chunk} took {written} bytes of {num_bytes}")
+
+    def _give_back(self, offset: int, num_bytes: int) -> None:
+        """What the disk took of a chunk that is not written: others need it more than a hole in our file."""
+        try:
+            self._segment.spill_give_back(self._fd, offset, num_bytes)
+        except OSError as error:  # some file systems cannot; it comes back when the file ends
+            log.info("the disk keeps up to %s that nobody uses: %s", size_text(num_bytes), error)
 
     def find(self, chunk: int) -> tuple[int, int] | None:
         """(offset, bytes) of a spilled chunk, for good; the bytes are followed by up to 63 zeros. None: it is not."""
@@ -72,12 +86,17 @@ class Spill:
     def describe(self) -> str:
         """Why chunks are fetched again although they could be kept on disk; empty if there is no such reason."""
         stats = self._segment.stats()
-        used = f"{stats['spill_used_bytes'] / (1 << 20):,.1f} MiB"
         if not self._num_bytes:
             return f"They are not kept on disk: {self._why_not}."
         if stats["spill_frozen"]:
-            return f"The disk took {used} of them and refused more."
-        return f"Of the {self._num_bytes / (1 << 20):,.1f} MiB for them on disk {used} are used."
+            return f"The disk took {size_text(self._there_bytes(stats))} of them and refused more."
+        return f"Of the {size_text(self._num_bytes)} for them on disk {size_text(stats['spill_used_bytes'])} are used."
+
+    def _there_bytes(self, stats: dict[str, int]) -> int:
+        """Of all chunks that are there, without what was given out in vain."""
+        num_chunks = sum(stats[f"chunks_{state}"] for state in ("todo", "claimed", "done", "broken"))
+        places = (self._segment.spill_find(chunk) for chunk in range(num_chunks))
+        return sum(num_bytes for _, num_bytes in filter(None, places))
 
 
 class _Part(io.RawIOBase):

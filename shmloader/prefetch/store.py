@@ -176,6 +176,7 @@ class RawStore:
         writer: Writer,
         schema: pa.Schema,
         first_rows: FirstRows,
+        *,
         lent: Lent | None = None,
         spill: Spill | None = None,
     ) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import shmloader._native as native
 from shmloader.errors import ServiceError, to_wire
 from shmloader.files import CREATOR_BYTE, SUPERVISOR_BYTE, RingFiles, format_set
+from shmloader.options import size_text
 from shmloader.prefetch.plan_file import Layout, read_parts
 from shmloader.prefetch.spawn import spawn
 from shmloader.ring import Ring
@@ -164,7 +165,7 @@ class Supervisor:
         # Where all samples stay, nothing is fetched twice.
         spill_bytes = self.head["spill_bytes"] if sizes.transit_bytes else 0
         if spill_bytes:
-            log.info("encoded chunks are kept on disk: up to %d MiB, in %s", spill_bytes >> 20, self.head["spill_dir"])
+            log.info("encoded chunks are kept on disk: up to %s, in %s", size_text(spill_bytes), self.head["spill_dir"])
         elif sizes.transit_bytes:
             log.info("encoded chunks are not kept on disk: %s", self.head["why_no_spill"])
         told = (layout.num_rows, layout.chunks, layout.units, layout.record_bytes, spill_bytes)

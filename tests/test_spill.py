@@ -146,7 +146,7 @@ def test_what_finds_no_room_on_disk_is_told_and_what_is_smaller_may() -> None:
         assert spill(store, 1, text_bytes=5000)
         assert not spill(store, 2, text_bytes=5000)
         assert spill(store, 2)
-        assert store.describe_disk() == "Of the 1.5 MiB for them on disk 1.0 MiB are used."
+        assert store.describe_disk() == "Of the 1.5 MiB for them on disk 988.0 KiB are used."
         assert segment_of(store).spill_find(0) is None
 
 
@@ -541,7 +541,8 @@ def test_when_the_disk_is_full_all_rows_are_delivered_and_it_is_told(tmp_path: P
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True, timeout=20, check=False).returncode:
         pytest.skip("this process may not make a mount namespace (unshare --mount)")
     (tmp_path / "full.py").write_text(FULL_DISK)
-    inner = 'mount -t tmpfs -o size=128k tmpfs /mnt && exec "$@"'
+    # The file is as large as the disk, half of which is another's.
+    inner = 'mount -t tmpfs -o size=256k tmpfs /mnt && head -c 128k /dev/zero > /mnt/other && exec "$@"'
     tests = Path(__file__).parent
     command = ["unshare", "--mount", "sh", "-c", inner, "sh", sys.executable, str(tmp_path / "full.py"), pictures_path]
     done = subprocess.run(

@@ -84,8 +84,8 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         share = self._share()
-        # Those that came to their end before. Till now they were members nonetheless: a worker that is slow to start
-        # joins their iteration, where it would find none and begin another if all others had left.
+        # Those of several readers that came to their end before. Till now they were members nonetheless: a worker that
+        # is slow to start joins their iteration, where it would find none and begin another if all others had left.
         while self._ended:
             self._ended.pop().leave()
         return self._samples(share)
@@ -119,7 +119,10 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
         except BaseException:  # closed, collected, or an error
             iteration.leave()
             raise
-        self._ended.append(iteration)
+        if share.num_readers == 1:
+            iteration.leave()
+        else:
+            self._ended.append(iteration)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_ended": []}

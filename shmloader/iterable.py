@@ -32,6 +32,9 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
     the stream anew, ahead of its readers; a stream must give the same rows each time it is read in the same epoch.
     ``set_epoch(e)`` is handed on to it, so that ``stream.shuffle()`` gives another order each epoch.
 
+    Several threads of one process that iterate wait one at a time: one whose stream is slow holds up the others. Use
+    DataLoader workers, or processes, for that.
+
     Args:
         config, tokenizer, split, dataset_name, transform, process, columns, load, options, writable, seed:
             as of `ShmMultimodalDataset`. A ``transform`` is seeded by (seed, epoch, position); the epoch is what

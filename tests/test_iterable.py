@@ -94,6 +94,13 @@ def test_more_workers_than_samples(dataset: Any) -> None:
         assert numbers(loader(made, 8)) == [0, 1, 2]
 
 
+def test_an_iteration_of_one_reader_is_over_with_its_last_sample(dataset: Any) -> None:
+    for num_workers in (0, 1):
+        samples = iter(loader(dataset, num_workers, prefetch_factor=2 if num_workers else None))
+        assert numbers(samples) == list(range(NUM))
+        wait_until(lambda: num_iterations(dataset) == 0)
+
+
 def test_each_iteration_begins_at_the_front(dataset: Any) -> None:
     for _ in range(3):
         assert numbers(dataset) == list(range(NUM))

@@ -57,7 +57,10 @@ def test_a_sample_is_delivered_before_the_next_one_exists(tmp_path: Path, num_wo
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_a_stream_that_fails_raises_in_every_reader_and_nobody_waits(num_workers: int) -> None:
+def test_a_stream_that_fails_raises_in_every_reader_and_nobody_waits(
+    num_workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The log tells it once an iteration, whoever waits beyond it."""
     with open_stream(stream_of(failing, num=200, at=100), options=small_options(prefetchers=2)) as dataset:
         for _ in range(2):
             found, failures = [], []
@@ -73,23 +76,14 @@ def test_a_stream_that_fails_raises_in_every_reader_and_nobody_waits(num_workers
             assert all("no number 100" in failure for failure in failures)
             assert sorted(found) == list(range(100))
         ends(dataset)
+    lines = [line for line in capfd.readouterr().err.splitlines() if " ERROR " in line]
+    assert len(lines) == 2
+    assert all("row 100 of the stream" in line and "no number 100" in line for line in lines)
 
 
 def test_a_stream_that_fails_at_its_front_raises() -> None:
     with open_stream(stream_of(failing, num=10, at=0)) as dataset, pytest.raises(ReadError, match="no number 0"):
         list(dataset)
-
-
-def test_a_failure_is_told_once_an_iteration_and_names_the_row(capfd: pytest.CaptureFixture[str]) -> None:
-    """However many chunks were to be fetched ahead, and whoever waits beyond it."""
-    with open_stream(stream_of(failing, num=200, at=100), options=small_options(prefetchers=2)) as dataset:
-        for _ in range(2):
-            with pytest.raises(ReadError, match="row 100"):
-                list(loader(dataset, 3))
-        ends(dataset)
-    lines = [line for line in capfd.readouterr().err.splitlines() if "ERROR" in line]
-    assert len(lines) == 2
-    assert all("row 100 of the stream" in line and "no number 100" in line for line in lines)
 
 
 def gated_once(gates: dict[int, str], mark: str) -> Iterator[dict[str, int]]:

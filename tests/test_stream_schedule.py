@@ -399,6 +399,28 @@ def test_rows_can_be_decoded_while_others_of_their_chunk_are_still_to_come():
         assert cut.wait_s() == float("inf")
 
 
+def test_nothing_is_lent_from_a_row_on_that_is_not_what_was_promised():
+    """The fetching thread tells why."""
+
+    def plain(rows: Sequence[pa.Table]) -> tuple[pa.RecordBatch | None, Exception | None]:
+        good = [row.column(0)[0].as_py() for row in rows]
+        good = good[: good.index(3)] if 3 in good else good
+        return (batch(*good) if good else None), (ValueError("3") if len(good) < len(rows) else None)
+
+    now = iter(range(100))
+    lent, seen = Lent(lambda: float(next(now))), []
+    lent.begin(7, 1000, plain)
+    for number in range(5):
+        lent.add(pa.Table.from_batches([batch(number)]))
+        seen.append(lent.rows)
+    lent.end()
+    assert [*seen, lent.rows] == [range(1000, 1000 + n) for n in (1, 2, 3, 3, 3, 3)]
+    assert lent.chunks([7])[7].end == 1003
+    assert lent.chunks([8]) == {}
+    lent.begin(8, 2000, plain)
+    assert (list(lent.rows), lent.chunks([7, 8])) == ([], {})
+
+
 @pytest.mark.parametrize("num_rows", [0, 5, ROWS])
 def test_the_end_of_a_stream_is_told_before_its_last_rows_are_in_the_ring(num_rows: int):
     with open_world() as made:

@@ -329,6 +329,27 @@ static void a_new_iteration_takes_the_places_of_the_last(void)
     check_stage(writer);
 }
 
+/* Nor by who still reads the stream of one that was left, as long as there is another slot. */
+static void a_new_iteration_keeps_clear_of_claimed_places(void)
+{
+    new_cast();
+    shml_order_info_t order = join(reader, 1, 0, 1);
+    uint32_t chunk;
+    (void)take(writer, &order, PLACES - 1);
+    CHECK_EQ(shml_order_leave(reader, order.slot, order.gen), SHML_OK);
+    shml_order_info_t next = join(reader, 2, 0, 1);
+    CHECK(next.slot != order.slot);
+    (void)take(other, &next, PLACES - 1);
+    /* All other slots live: there is no choice. */
+    for (uint64_t i = 2; i < SHML_MAX_ORDERS; i++)
+        CHECK(join(owner, 1 + i, 0, 1).slot != order.slot);
+    shml_order_info_t last = join(reader, 100, 0, 1);
+    CHECK(last.slot == order.slot && last.gen != order.gen);
+    CHECK_EQ(claim_open(other, &last, PLACES - 1, &chunk), SHML_E_FULL);
+    CHECK_EQ(shml_order_leave(reader, last.slot, last.gen), SHML_OK);
+    check_stage(writer);
+}
+
 /* ---------------------------------------------------------------------------------------------------- *
  * Rows
  * ---------------------------------------------------------------------------------------------------- */
@@ -725,11 +746,12 @@ TEST_MAIN(TEST(an_open_set_is_made_as_told_or_refused), TEST(each_kind_of_set_ha
           TEST(a_chunk_ahead_does_not_take_a_place_that_is_needed_before), TEST(what_belonged_to_a_chunk_goes_with_it),
           TEST(a_place_in_use_is_not_given_away), TEST(claims_of_open_chunks_are_told_as_those_of_closed_ones),
           TEST(an_iteration_has_one_client_that_reads_its_stream), TEST(a_new_iteration_takes_the_places_of_the_last),
-          TEST(there_is_nothing_beyond_the_end), TEST(a_chunk_beyond_the_end_is_not_wanted),
-          TEST(rows_of_ended_orders_are_nobodys_work), TEST(the_end_wakes_who_waits_beyond_it),
-          TEST(a_broken_chunk_is_told_to_its_readers), TEST(deaths_over_rows_are_forgotten_with_their_chunk),
-          TEST(a_chunk_is_done_only_when_all_rows_are_aside), TEST(the_error_of_a_consumed_chunk_gives_way),
-          TEST(raw_memory_is_never_given_back), TEST(without_descriptors_what_nobody_needs_gives_way),
+          TEST(a_new_iteration_keeps_clear_of_claimed_places), TEST(there_is_nothing_beyond_the_end),
+          TEST(a_chunk_beyond_the_end_is_not_wanted), TEST(rows_of_ended_orders_are_nobodys_work),
+          TEST(the_end_wakes_who_waits_beyond_it), TEST(a_broken_chunk_is_told_to_its_readers),
+          TEST(deaths_over_rows_are_forgotten_with_their_chunk), TEST(a_chunk_is_done_only_when_all_rows_are_aside),
+          TEST(the_error_of_a_consumed_chunk_gives_way), TEST(raw_memory_is_never_given_back),
+          TEST(without_descriptors_what_nobody_needs_gives_way),
           TEST(without_descriptors_rows_give_way_to_encoded_ones),
           TEST(without_descriptors_what_is_ahead_gives_way_to_what_is_awaited),
           TEST(without_descriptors_pinned_rows_stay), TEST(generations_come_again_without_their_rows),

@@ -32,6 +32,9 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
     the stream anew, ahead of its readers; a stream must give the same rows each time it is read in the same epoch.
     ``set_epoch(e)`` is handed on to it, so that ``stream.shuffle()`` gives another order each epoch.
 
+    Several threads of one process that iterate wait one at a time: one whose stream is slow holds up the others. Use
+    DataLoader workers, or processes, for that.
+
     Args:
         config, tokenizer, split, dataset_name, transform, process, columns, load, options, writable, seed:
             as of `ShmMultimodalDataset`. A ``transform`` is seeded by (seed, epoch, position); the epoch is what
@@ -84,8 +87,8 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         share = self._share()
-        # Those that came to their end before. Till now they were members nonetheless: a worker that is slow to start
-        # joins their iteration, where it would find none and begin another if all others had left.
+        # Those of several readers that came to their end before. Till now they were members nonetheless: a worker that
+        # is slow to start joins their iteration, where it would find none and begin another if all others had left.
         while self._ended:
             self._ended.pop().leave()
         return self._samples(share)
@@ -119,7 +122,10 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
         except BaseException:  # closed, collected, or an error
             iteration.leave()
             raise
-        self._ended.append(iteration)
+        if share.num_readers == 1:
+            iteration.leave()
+        else:
+            self._ended.append(iteration)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_ended": []}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 import pytest
 from conftest import small_options
-from support_sets import Gate, kill, prefetchers_of, supervisor_of, wait_until
+from support_sets import Gate, kill, prefetchers_of, supervisor_of, wait_at, wait_until
 from support_streams import (
     always_deadly,
     counted,
@@ -24,6 +27,7 @@ from support_streams import (
 from torch.utils.data import DataLoader
 
 from shmloader.errors import ReadError, ServiceError
+from shmloader.iteration import Iteration, Share
 from shmloader.sizes import OPEN_AHEAD_CHUNKS
 
 for name in ("support_streams", __name__):
@@ -53,7 +57,10 @@ def test_a_sample_is_delivered_before_the_next_one_exists(tmp_path: Path, num_wo
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])
-def test_a_stream_that_fails_raises_in_every_reader_and_nobody_waits(num_workers: int) -> None:
+def test_a_stream_that_fails_raises_in_every_reader_and_nobody_waits(
+    num_workers: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The log tells it once an iteration, whoever waits beyond it."""
     with open_stream(stream_of(failing, num=200, at=100), options=small_options(prefetchers=2)) as dataset:
         for _ in range(2):
             found, failures = [], []
@@ -69,11 +76,57 @@ def test_a_stream_that_fails_raises_in_every_reader_and_nobody_waits(num_workers
             assert all("no number 100" in failure for failure in failures)
             assert sorted(found) == list(range(100))
         ends(dataset)
+    lines = [line for line in capfd.readouterr().err.splitlines() if " ERROR " in line]
+    assert len(lines) == 2
+    assert all("row 100 of the stream" in line and "no number 100" in line for line in lines)
 
 
 def test_a_stream_that_fails_at_its_front_raises() -> None:
     with open_stream(stream_of(failing, num=10, at=0)) as dataset, pytest.raises(ReadError, match="no number 0"):
         list(dataset)
+
+
+def gated_once(gates: dict[int, str], mark: str) -> Iterator[dict[str, int]]:
+    """0, 1, … without end; who opens it first waits at the gates of numbers. mark: where it is noted that one has."""
+    is_first = not Path(mark).exists()
+    Path(mark).touch()
+    for i in itertools.count():
+        if is_first and i in gates:
+            wait_at(gates[i])
+        yield {"number": i}
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_who_blocks_in_a_stream_that_was_left_does_not_hold_up_another_prefetcher(tmp_path: Path, at: int) -> None:
+    """Neither before the first row nor in the middle of a chunk."""
+    gate, mark = Gate(tmp_path / "gate"), tmp_path / "mark"
+    stream = stream_of(gated_once, gates={at: gate.path}, mark=str(mark))
+    with open_stream(stream, options=small_options(prefetchers=2)) as dataset:
+        iteration = Iteration.join(dataset._reader, Share.of(0, 1, at), None)
+        for position in range(at):
+            dataset._reader.wait_for([iteration._first_id + position], None)
+        wait_until(mark.exists)
+        iteration.leave()
+        for _ in range(2):
+            assert numbers(itertools.islice(dataset, 200)) == list(range(200))
+        gate.open()
+
+
+def test_a_slow_stream_that_was_left_is_not_read_on(tmp_path: Path) -> None:
+    """A prefetcher alone goes over to the next iteration within some rows, not only with the next chunk."""
+    gates = {at: Gate(tmp_path / f"gate{at}") for at in range(3, 63)}
+    paths, mark = {at: gate.path for at, gate in gates.items()}, str(tmp_path / "mark")
+    with open_stream(stream_of(gated_once, gates=paths, mark=mark)) as dataset, ThreadPoolExecutor(1) as pool:
+        samples = iter(dataset)
+        assert numbers(next(samples) for _ in range(3)) == [0, 1, 2]
+        samples.close()
+        ends(dataset)
+        following = pool.submit(lambda: numbers(itertools.islice(dataset, 200)))
+        for gate in list(gates.values())[:-1]:  # row after row; the last one stays closed
+            gate.open()
+            wait([following], 0.05)
+        assert following.result() == list(range(200))
+        gates[62].open()
 
 
 @pytest.mark.parametrize("num_workers", [0, 3])

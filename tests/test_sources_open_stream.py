@@ -33,11 +33,17 @@ def chunk(number: int, key: int = 1, epoch: int = 0, num_rows: int = 64) -> Chun
 
 
 def read(reader: Any, wanted: Chunk) -> list[int]:
-    """The numbers of a chunk; each row must come by itself, and where it belongs."""
-    found = list(reader.read(wanted))
-    assert [first for first, _ in found] == list(range(wanted.first_row, wanted.first_row + len(found)))
-    assert {batch.num_rows for _, batch in found} <= {1}
-    return [batch.column(0)[0].as_py() for _, batch in found]
+    """The numbers of a chunk; each row must be told by itself, and all come together."""
+    told: list[Any] = []
+    found = list(reader.read(wanted, lambda row: told.append(row) is None))
+    rows = [row for row in told if row is not None]
+    assert {row.num_rows for row in rows} <= {1}
+    assert [first for first, _ in found] == ([wanted.first_row] if rows else [])
+    numbers = found[0][1].column(0).to_pylist() if found else []
+    if rows:
+        batch, unfit = reader.plain(rows)
+        assert (batch.column(0).to_pylist(), unfit) == (numbers, None)
+    return numbers
 
 
 STREAMS = {
@@ -62,7 +68,7 @@ STREAMS = {
 
 
 @pytest.mark.parametrize("kind", STREAMS)
-def test_the_rows_of_a_stream_come_one_by_one_until_it_ends(kind: str):
+def test_the_rows_of_a_stream_are_told_one_by_one_until_it_ends(kind: str):
     reader = reader_of(request_of(STREAMS[kind]()))
     assert [read(reader, chunk(i)) for i in range(3)] == [list(range(64)), list(range(64, 128)), list(range(128, NUM))]
     reader.close()
@@ -114,10 +120,37 @@ def test_a_failure_is_told_again_for_every_later_chunk_of_its_iteration():
     reader = reader_of(request_of(stream_of_numbers(failing, num=300, at=100)))
     assert read(reader, chunk(0)) == list(range(64))
     for number, first, num_rows in ((1, 100, 28), (2, 128, 64), (4, 256, 64), (1, 100, 28)):
-        with pytest.raises(ReadError, match="no number 100") as caught:
-            read(reader, chunk(number))
+        parts = reader.read(chunk(number), lambda row: True)
+        if number == 1:
+            assert next(parts)[1].column(0).to_pylist() == list(range(64, 100))
+        with pytest.raises(ReadError, match=r"row 100\b.*no number 100") as caught:
+            next(parts)
         assert (caught.value.first_row, caught.value.num_rows) == (first, num_rows)
+        assert "same rows" not in str(caught.value)
     assert read(reader, chunk(0, key=2)) == list(range(64))
+
+
+def test_of_rows_that_are_not_what_was_promised_those_before_are_given():
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from ({"number": "x" if i == 70 else i} for i in range(100))
+
+    stream = IterableDataset.from_generator(rows)
+    reader = reader_of(request_of(stream))
+    assert read(reader, chunk(0)) == list(range(64))
+    parts = reader.read(chunk(1), lambda row: True)
+    assert next(parts)[1].column(0).to_pylist() == list(range(64, 70))
+    with pytest.raises(ReadError, match=r"row 70\b") as caught:
+        next(parts)
+    assert (caught.value.first_row, caught.value.num_rows) == (70, 58)
+
+
+@pytest.mark.parametrize("most", [1, 70])
+def test_no_more_is_read_than_is_needed(most: int):
+    """Neither of the chunk nor on the way to it."""
+    reader = reader_of(request_of(stream_of_numbers(failing, num=100, at=most)))
+    told: list[Any] = []
+    assert list(reader.read(chunk(1), lambda row: told.append(row) or len(told) < most)) == []
+    assert [row is None for row in told] == [i < 64 for i in range(most)]
 
 
 def test_a_stream_that_gives_fewer_rows_when_it_is_read_again_is_an_error(tmp_path: Path):
@@ -128,7 +161,7 @@ def test_a_stream_that_gives_fewer_rows_when_it_is_read_again_is_an_error(tmp_pa
 
     reader = reader_of(request_of(stream_of_numbers(rows, mark=str(tmp_path / "mark"))))
     assert read(reader, chunk(1)) == list(range(64, 128))
-    with pytest.raises(ReadError, match="50 rows now, and more before"):
+    with pytest.raises(ReadError, match=r"50 rows now, and more before.*gives the same rows"):
         read(reader, chunk(1))
 
 

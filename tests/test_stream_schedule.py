@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +18,16 @@ from shmloader.files import RingFiles, format_set
 from shmloader.order import Kind
 from shmloader.prefetch.cut import OpenCut, PlaceRows
 from shmloader.prefetch.fetch_schedule import Pick, Why
+from shmloader.prefetch.lent import LEND_S, Lent
 from shmloader.prefetch.open_orders import OpenLiving, OpenOrders
 from shmloader.prefetch.plan import LAST_POSITION
 from shmloader.prefetch.schedule import DecodeSchedule
-from shmloader.prefetch.store import Lent, RawStore
+from shmloader.prefetch.store import RawStore
 from shmloader.prefetch.stream_schedule import LendingReader, StreamSchedule
 from shmloader.ring import Ring
 from shmloader.sizes import CHUNKS_PER_ORDER, Sizes
-from shmloader.sources.base import Chunk
+from shmloader.sources.base import Chunk, OnRow
+from shmloader.sources.rows import one_batch
 from shmloader.writer import Writer
 
 ROWS = 16
@@ -276,11 +278,33 @@ def test_a_stream_that_failed_is_only_tried_again_for_who_waits():
         first, second = made.join(1), made.join(2)
         schedule = made.schedule()
         pick = next(p for p in iter(schedule.next, None) if p.rows.piece[:2] == first)
-        schedule.read(pick.chunk, False)
+        assert schedule.read(pick.chunk, False)
         made.segment.chunk_end(pick.chunk, native.FETCH_BROKEN)
         assert {p.rows.piece[:2] for p in iter(schedule.next, None)} <= {second}
         made.want(first, [ROWS])
-        assert rows_of(schedule.next()) == (ROWS, ROWS, Why.WANTED)
+        pick = schedule.next()
+        assert rows_of(pick) == (ROWS, ROWS, Why.WANTED)
+        assert not schedule.read(pick.chunk, False)  # that is no news
+
+
+def test_what_lies_before_a_failure_is_read_and_nothing_behind():
+    with open_world() as made:
+        made.join()
+        schedule = made.schedule(budget_chunks=6)
+        picks = [schedule.next() for _ in range(3)]
+        assert schedule.read(picks[2].chunk, False)
+        for pick in picks:
+            made.segment.chunk_end(pick.chunk, native.FETCH_GIVEN_UP)
+        assert fetch(made, schedule) == [0, 1]
+
+
+def test_an_iteration_whose_readers_are_all_at_its_end_takes_no_share():
+    with open_world() as made:
+        first, second = made.join(1), made.join(2)
+        schedule = made.schedule(budget_chunks=4)
+        made.segment.order_finish(*first, 0)
+        assert [order.key for order in made.orders.now()] == [second]
+        assert fetch(made, schedule) == [0, 1, 2, 3]
 
 
 # ---- what is decoded ----------------------------------------------------------------------------------
@@ -317,17 +341,34 @@ def batch(*numbers: int) -> pa.RecordBatch:
 
 
 class Source:
-    """Gives these rows, and calls `before` before each."""
+    """Gives these rows, and calls `before` before each. As an `OpenReader`."""
 
     def __init__(self, rows: Sequence[int], before: Callable[[int], Any] = lambda row: None) -> None:
         self.rows, self.before = rows, before
 
-    def read(self, chunk: Chunk) -> Iterator[tuple[int, pa.RecordBatch]]:
-        for row in range(chunk.first_row, chunk.first_row + chunk.num_rows):
-            self.before(row)
-            if row >= len(self.rows):
-                return
-            yield row, batch(self.rows[row])
+    def read(self, chunk: Chunk, on_row: OnRow) -> Iterator[tuple[int, pa.RecordBatch]]:
+        came: list[int] = []
+        failure = None
+        try:
+            for row in range(chunk.first_row, chunk.first_row + chunk.num_rows):
+                self.before(row)
+                if row >= len(self.rows):
+                    break
+                came.append(self.rows[row])
+                if not on_row(pa.Table.from_batches([batch(self.rows[row])])):
+                    return
+        except ReadError as error:
+            failure = error
+        if came:
+            yield chunk.first_row, batch(*came)
+        if failure is not None:
+            raise failure
+
+    def plain(self, rows: Sequence[pa.Table]) -> tuple[pa.RecordBatch | None, Exception | None]:
+        return one_batch(pa.concat_tables(rows)), None
+
+    def keep(self, keys: Collection[tuple[int, int]]) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -335,35 +376,84 @@ class Source:
 
 def test_rows_can_be_decoded_while_others_of_their_chunk_are_still_to_come():
     with open_world() as made:
-        order, lent = made.join(), Lent()
+        now = [0.0]
+        order, lent = made.join(), Lent(lambda: now[0])
         cut, seen = OpenCut(made.segment, lent), []
         store = RawStore(made.service, made.writer, SCHEMA, PlaceRows(made.segment), lent=lent)
         ids = np.array(made.ids(order, range(ROWS)))
 
         def look(row: int) -> None:
+            now[0] += LEND_S / 3
             seen.append(int(cut.has_encoded(ids).sum()))
             pinned = store.pin(sorted({int(c) for c in cut.chunk_of(ids)}))
             assert [row for row in ids.tolist() if pinned.holds(chunk, row)] == ids[: seen[-1]].tolist()
             assert cut.wait_s() < 1
             pinned.release()
 
-        pick = made.schedule().next()
+        schedule = made.schedule()
+        pick = schedule.next()
         chunk = pick.chunk
-        ((first, whole),) = LendingReader(made.segment, Source(range(ROWS), look), lent).read(pick.rows)
-        assert seen == list(range(ROWS))
+        ((first, whole),) = LendingReader(made.segment, Source(range(ROWS), look), lent, schedule).read(pick.rows)
+        assert seen == [0, 0, *range(2, ROWS)]  # of a chunk that comes fast nothing is lent
         assert (first, whole.num_rows) == (0, ROWS)
         assert cut.wait_s() == float("inf")
+
+
+def test_nothing_is_lent_from_a_row_on_that_is_not_what_was_promised():
+    """The fetching thread tells why."""
+
+    def plain(rows: Sequence[pa.Table]) -> tuple[pa.RecordBatch | None, Exception | None]:
+        good = [row.column(0)[0].as_py() for row in rows]
+        good = good[: good.index(3)] if 3 in good else good
+        return (batch(*good) if good else None), (ValueError("3") if len(good) < len(rows) else None)
+
+    now = iter(range(100))
+    lent, seen = Lent(lambda: float(next(now))), []
+    lent.begin(7, 1000, plain)
+    for number in range(5):
+        lent.add(pa.Table.from_batches([batch(number)]))
+        seen.append(lent.rows)
+    lent.end()
+    assert [*seen, lent.rows] == [range(1000, 1000 + n) for n in (1, 2, 3, 3, 3, 3)]
+    assert lent.chunks([7])[7].end == 1003
+    assert lent.chunks([8]) == {}
+    lent.begin(8, 2000, plain)
+    assert (list(lent.rows), lent.chunks([7, 8])) == ([], {})
 
 
 @pytest.mark.parametrize("num_rows", [0, 5, ROWS])
 def test_the_end_of_a_stream_is_told_before_its_last_rows_are_in_the_ring(num_rows: int):
     with open_world() as made:
-        order, schedule = made.join(), made.schedule()
+        made.join()
+        schedule = made.schedule()
         pick = schedule.next()
-        batches = list(LendingReader(made.segment, Source(range(num_rows)), Lent()).read(pick.rows))
+        batches = list(LendingReader(made.segment, Source(range(num_rows)), Lent(), schedule).read(pick.rows))
         assert [found.num_rows for _, found in batches] == ([num_rows] if num_rows else [])
         expected = num_rows if num_rows < ROWS else LAST_POSITION
-        assert made.living(order).num_positions == expected
+        assert made.segment.orders()[0][4] == expected
+        assert made.orders.now() == [] or num_rows
+
+
+@pytest.mark.parametrize("how", ["left", "passed"])
+def test_a_chunk_that_nobody_needs_any_more_is_not_read_on(how: str):
+    """Nor is the stream taken to end there."""
+    with open_world() as made:
+        order, schedule, read = made.join(), made.schedule(), []
+
+        def leave(row: int) -> None:
+            read.append(row)
+            if row == 5 and how == "left":
+                made.owner.segment.order_leave(*order)
+            if row == 5 and how == "passed":
+                made.decode(order, range(ROWS))
+                made.read_to(order, ROWS)
+
+        pick = schedule.next()
+        lending = LendingReader(made.segment, Source(range(ROWS), leave), Lent(), schedule, ask_s=0.0)
+        assert list(lending.read(pick.rows)) == []
+        assert read == list(range(6))
+        assert [living.num_positions for living in made.orders.now()] == ([LAST_POSITION] if how == "passed" else [])
+        assert made.segment.chunk_end(pick.chunk, native.FETCH_GIVEN_UP) == 0
 
 
 def failing_at(at: int) -> Source:
@@ -377,9 +467,10 @@ def failing_at(at: int) -> Source:
 def test_a_read_that_fails_lends_no_more():
     with open_world() as made:
         order, lent = made.join(), Lent()
-        pick = made.schedule().next()
+        schedule = made.schedule()
+        pick = schedule.next()
         with pytest.raises(ReadError):
-            list(LendingReader(made.segment, failing_at(0), lent).read(pick.rows))
+            list(LendingReader(made.segment, failing_at(0), lent, schedule).read(pick.rows))
         assert not lent.is_growing
         assert made.living(order).num_positions == LAST_POSITION
 
@@ -388,8 +479,9 @@ def test_rows_before_a_failure_are_there_and_those_behind_have_the_reason():
     with open_world() as made:
         order = made.join()
         store = RawStore(made.service, made.writer, SCHEMA, PlaceRows(made.segment))
-        pick = made.schedule().next()
-        ((_, found),) = LendingReader(made.segment, failing_at(5), Lent()).read(pick.rows)
+        schedule = made.schedule()
+        pick = schedule.next()
+        ((_, found),) = LendingReader(made.segment, failing_at(5), Lent(), schedule).read(pick.rows)
         store.put(pick.chunk, [found], pick.stamp, False)
         assert made.segment.chunk_end(pick.chunk, native.FETCH_OK) == 0
         pinned = store.pin([pick.chunk])

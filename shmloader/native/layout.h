@@ -439,6 +439,8 @@ enum { SHML_ROW_COMES, SHML_ROW_GONE, SHML_ROW_AT_END };
 int shml_row_comes(shml_control_t *c, uint64_t id);
 /* Before order `slot` begins with generation `gen`; closed sets: nothing. FULL: ids of that generation are in use. */
 int shml_open_renew(shml_seg_t *seg, uint32_t slot, uint32_t gen);
+/* Has a service one of order slot `slot`'s places CLAIMED? Closed sets: no. */
+int shml_open_has_claimed(shml_control_t *c, uint32_t slot);
 /* Will no row of the place's chunk be read any more? Such a place may be given away. */
 int shml_open_is_spent(shml_control_t *c, uint32_t index);
 int shml_open_place_is_good(shml_control_t *c, uint32_t index); /* for shml_check */

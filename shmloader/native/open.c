@@ -217,6 +217,17 @@ static int take_out_old(shml_seg_t *seg, uint32_t slot, uint64_t part)
     return status;
 }
 
+int shml_open_has_claimed(shml_control_t *c, uint32_t slot)
+{
+    if (!shml_is_open(c))
+        return 0;
+    const shml_chunk_t *places = &shml_chunks(c)[slot * c->chunks_per_order];
+    for (uint32_t i = 0; i < c->chunks_per_order; i++)
+        if (shml_word_state(places[i].word) == SHML_CHUNK_CLAIMED)
+            return 1;
+    return 0;
+}
+
 int shml_open_renew(shml_seg_t *seg, uint32_t slot, uint32_t gen)
 {
     shml_control_t *c = seg->control;

@@ -99,12 +99,26 @@ void shml_mark_set(shml_seg_t *seg, uint32_t slot, const shml_place_t *place, ui
     shml_mark_store(seg, place->order, slot, mark + 1);
 }
 
+/* The slot for the next order, SHML_MAX_ORDERS: none. In an open set one none of whose places is CLAIMED, if there is
+ * any: who reads a stream that was left, and blocks in it, keeps the place, for ever perhaps, and another service that
+ * has nothing to do could not read the new stream's chunk there. */
+static uint32_t free_slot(shml_control_t *c)
+{
+    uint32_t first = SHML_MAX_ORDERS;
+    for (uint32_t slot = 0; slot < SHML_MAX_ORDERS; slot++) {
+        if (shml_order_table(c)[slot].state != SHML_ORDER_FREE)
+            continue;
+        if (!shml_open_has_claimed(c, slot))
+            return slot;
+        first = first < slot ? first : slot;
+    }
+    return first;
+}
+
 int shml_order_fill(shml_seg_t *seg, const shml_order_info_t *order, int32_t owner)
 {
     shml_control_t *c = seg->control;
-    uint32_t slot = 0;
-    while (slot < SHML_MAX_ORDERS && shml_order_table(c)[slot].state != SHML_ORDER_FREE)
-        slot++;
+    uint32_t slot = free_slot(c);
     if (slot == SHML_MAX_ORDERS)
         return SHML_E_FULL;
     shml_order_t *o = &shml_order_table(c)[slot];

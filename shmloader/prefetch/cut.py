@@ -15,8 +15,8 @@ import numpy.typing as npt
 import shmloader._native as native
 from shmloader.order import Chunks
 from shmloader.permutation import Rows
+from shmloader.prefetch.lent import Lent
 from shmloader.prefetch.lookahead import LOOK_ROWS, ChunkStates, Flags
-from shmloader.prefetch.store import Lent
 
 _NO_CHUNK = 0xFFFFFFFF  # as the core tells it
 

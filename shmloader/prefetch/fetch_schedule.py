@@ -79,8 +79,8 @@ class Schedule(Protocol):
         """As `next`, only for what somebody waits for."""
         ...
 
-    def read(self, chunk: int, is_whole: bool) -> None:
-        """The reader has read ``chunk``."""
+    def read(self, chunk: int, is_whole: bool) -> bool:
+        """The reader has read ``chunk``; whether it is news that it could not be read as a whole."""
         ...
 
     def waited_for(self) -> set[int]:
@@ -137,9 +137,10 @@ class FetchSchedule:
                 others.add(unit)
         return None
 
-    def read(self, chunk: int, is_whole: bool) -> None:
-        """The reader has read ``chunk``, as a whole or not."""
+    def read(self, chunk: int, is_whole: bool) -> bool:
+        """The reader has read ``chunk``, as a whole or not; whether the latter is news, as it is of each chunk."""
         self._at = chunk + 1 if is_whole else None
+        return not is_whole
 
     def waited_for(self) -> set[int]:
         """The chunks of which somebody waits for rows that nobody decodes yet, fetched or not."""

@@ -143,12 +143,12 @@ class Fetcher:
         except RingError:
             raise
         except Exception as error:
-            log.error("chunk %d: %s", pick.chunk, error, exc_info=not isinstance(error, ShmloaderError))
-            self._schedule.read(pick.chunk, False)
+            if self._schedule.read(pick.chunk, False):
+                log.error("chunk %d: %s", pick.chunk, error, exc_info=not isinstance(error, ShmloaderError))
             self._give_up_for_ever(pick, error)
             return True
         self._schedule.read(pick.chunk, True)
-        if pick.rows is not None and not batches:  # the stream had ended before it
+        if pick.rows is not None and not batches:  # the stream had ended before it, or is not needed any more
             self._segment.chunk_end(pick.chunk, native.FETCH_GIVEN_UP)
             return True
         fetched = _Fetched(pick, batches)

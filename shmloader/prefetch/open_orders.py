@@ -86,10 +86,12 @@ class OpenOrders:
         self._segment, self._rows_per_chunk = segment, rows_per_chunk
 
     def now(self) -> Sequence[OpenLiving]:
-        """Those that live."""
+        """Those of which something is still to be read; one that all readers have come to the end of takes no share."""
         if not self._segment.num_orders():
             return []
         found = []
         for slot, gen, _, epoch, num_positions, *_, low_water in self._segment.orders():
+            if low_water >= num_positions:
+                continue
             found.append(OpenLiving(self._segment, slot, gen, epoch, num_positions, low_water, self._rows_per_chunk))
         return found

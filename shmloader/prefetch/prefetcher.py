@@ -30,13 +30,14 @@ from shmloader.prefetch.cut import ClosedCut, Cut, OpenCut, PlaceRows
 from shmloader.prefetch.decoder import Decoder
 from shmloader.prefetch.fetch_schedule import FetchSchedule, Schedule
 from shmloader.prefetch.fetcher import IDLE_MS, Fetcher
+from shmloader.prefetch.lent import Lent
 from shmloader.prefetch.open_orders import OpenOrders
 from shmloader.prefetch.orders import FollowedOrders, Follows
 from shmloader.prefetch.payload import read_work
 from shmloader.prefetch.plan import SetPlan, read_plan
 from shmloader.prefetch.schedule import DecodeSchedule
 from shmloader.prefetch.spill import Spill
-from shmloader.prefetch.store import Lent, RawStore
+from shmloader.prefetch.store import RawStore
 from shmloader.prefetch.stream_schedule import LendingReader, StreamSchedule
 from shmloader.processors.base import Processor
 from shmloader.ring import Ring
@@ -63,7 +64,7 @@ class Prefetcher:
         ring: Ring,
         plan: SetPlan,
         built: Sequence[Processor],
-        reader: Reader,
+        reader: Reader | OpenReader,
         num_prefetchers: int,
         spill: Spill,
     ) -> None:
@@ -73,13 +74,14 @@ class Prefetcher:
         if plan.source.is_open:
             parts = self._follow_streams(plan, reader)
         else:
+            assert not isinstance(reader, OpenReader)
             parts = self._follow_chunks(plan, reader, spill)
-        cut, orders, store, fetching, reader, budget_bytes = parts
+        cut, orders, store, fetching, fetches, budget_bytes = parts
         record_bytes = None if plan.schema is None else plan.schema.record_bytes()
         self.schedule = DecodeSchedule(self.segment, self.writer, cut, orders, num_prefetchers, record_bytes)
         self.decoder = Decoder(ring, self.writer, plan, built, store, self.schedule)
         held_bytes = budget_bytes // num_prefetchers
-        self.fetcher = Fetcher(self.segment, self.writer, plan, reader, store, fetching, held_bytes)
+        self.fetcher = Fetcher(self.segment, self.writer, plan, fetches, store, fetching, held_bytes)
 
     def _follow_chunks(self, plan: SetPlan, reader: Reader, spill: Spill) -> _Parts:
         """What is particular to a closed set: all its chunks are known."""
@@ -91,7 +93,7 @@ class Prefetcher:
         schedule = FetchSchedule(self.segment, chunks, units, orders, budget_bytes)
         return ClosedCut(self.segment, chunks), orders, store, schedule, reader, budget_bytes
 
-    def _follow_streams(self, plan: SetPlan, reader: Reader) -> _Parts:
+    def _follow_streams(self, plan: SetPlan, reader: Reader | OpenReader) -> _Parts:
         """What is particular to an open set: streams, as many as there are iterations."""
         assert isinstance(reader, OpenReader)
         lent = Lent()
@@ -99,7 +101,7 @@ class Prefetcher:
         store = RawStore(self.ring, self.writer, plan.source.schema, PlaceRows(self.segment), lent=lent)
         chunk_bytes = BATCH_ROWS * plan.source.row_bytes
         schedule = StreamSchedule(self.segment, orders, OPEN_AHEAD_BYTES, chunk_bytes, BATCH_ROWS, reader.keep)
-        lending = LendingReader(self.segment, reader, lent)
+        lending = LendingReader(self.segment, reader, lent, schedule)
         return OpenCut(self.segment, lent), orders, store, schedule, lending, OPEN_AHEAD_BYTES
 
     def run(self) -> bool:

@@ -86,49 +86,18 @@ def raw_chunk(
     return RawChunk(record, batches, starts, num_bytes // max(end - first_row, 1), failure)
 
 
+class Lends(Protocol):
+    """Rows that are not in the ring or on disk, but at hand in this process."""
+
+    def chunks(self, chunks: Sequence[int]) -> dict[int, RawChunk]:
+        """Those of ``chunks`` of which there are rows."""
+        ...
+
+
 class FirstRows(Protocol):
     """The first row of each chunk."""
 
     def __getitem__(self, chunk: int, /) -> int: ...
-
-
-class Lent:
-    """What has come of the chunk that a fetching thread is reading, so that a slow stream's first rows need not wait.
-
-    In the memory of one process: its own decoding thread takes them, others what is in the ring. One thread changes it,
-    by replacing one tuple, any may look.
-    """
-
-    def __init__(self) -> None:
-        self._state: tuple[int, int, tuple[pa.RecordBatch, ...]] = (-1, 0, ())
-        self.is_growing = False
-        """More rows of it may come, at any time."""
-
-    @property
-    def rows(self) -> range:
-        """The rows that are lent."""
-        _, first_row, batches = self._state
-        return range(first_row, first_row + sum(batch.num_rows for batch in batches))
-
-    def begin(self, chunk: int, first_row: int) -> None:
-        """``chunk`` is being read; nothing of it is there yet."""
-        self._state, self.is_growing = (chunk, first_row, ()), True
-
-    def add(self, batch: pa.RecordBatch) -> None:
-        """Its next rows."""
-        chunk, first_row, batches = self._state
-        self._state = chunk, first_row, (*batches, batch)
-
-    def end(self) -> None:
-        """It was read; what is lent stays so until the next begins."""
-        self.is_growing = False
-
-    def chunks(self, chunks: Sequence[int]) -> dict[int, RawChunk]:
-        """The one that is lent, if it is among ``chunks``."""
-        chunk, first_row, batches = self._state
-        if chunk not in chunks or not batches:
-            return {}
-        return {chunk: raw_chunk((-1, 0), first_row, list(batches), sum(batch.nbytes for batch in batches))}
 
 
 def with_failure(batch: pa.RecordBatch, num_rows: int, error: ShmloaderError) -> pa.RecordBatch:
@@ -177,11 +146,11 @@ class RawStore:
         schema: pa.Schema,
         first_rows: FirstRows,
         *,
-        lent: Lent | None = None,
+        lent: Lends | None = None,
         spill: Spill | None = None,
     ) -> None:
         self._ring, self._writer, self._schema = ring, writer, schema
-        self._first_rows, self._lent = first_rows, lent or Lent()
+        self._first_rows, self._lent = first_rows, lent
         self._spill = Spill(ring.segment, None) if spill is None else spill
         self._open: OrderedDict[int, RawChunk] = OrderedDict()
 
@@ -235,7 +204,7 @@ class RawStore:
         """Those of ``chunks`` that are there; -1 is none."""
         chunks = [chunk for chunk in chunks if chunk >= 0]
         spilled = {chunk: place for chunk in chunks if (place := self._spill.find(chunk)) is not None}
-        there = self._lent.chunks(chunks)
+        there = {} if self._lent is None else self._lent.chunks(chunks)
         there |= {chunk: self._opened(chunk, *place, _ON_DISK, place[0]) for chunk, place in spilled.items()}
         raw = [chunk for chunk in chunks if chunk not in spilled]
         if not raw:

@@ -11,6 +11,7 @@ skips what others have put into the ring.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
@@ -20,16 +21,21 @@ import shmloader._native as native
 from shmloader.errors import ReadError
 from shmloader.prefetch.cut import chunks_of, look_at_chunks
 from shmloader.prefetch.fetch_schedule import Pick, Why
+from shmloader.prefetch.lent import Lent
 from shmloader.prefetch.lookahead import IS_TO_DO
 from shmloader.prefetch.open_orders import OpenLiving, OpenOrders
 from shmloader.prefetch.plan import LAST_POSITION
 from shmloader.prefetch.schedule import MOST_WANTED
-from shmloader.prefetch.store import Lent, with_failure
-from shmloader.sizes import CHUNKS_PER_ORDER, OPEN_AHEAD_CHUNKS
-from shmloader.sources.base import Chunk, Reader
-from shmloader.sources.rows import one_batch
+from shmloader.prefetch.store import with_failure
+from shmloader.sizes import OPEN_AHEAD_CHUNKS
+from shmloader.sources.base import Chunk, OpenReader
 
 log = logging.getLogger("shmloader.prefetcher")
+
+
+#: How often it is asked, between two rows, whether they are still needed (guessed: soon for who begins the next
+#: iteration, and it costs 0.1 %).
+ASK_S = 0.01
 
 
 class StreamSchedule:
@@ -51,7 +57,7 @@ class StreamSchedule:
         self._segment, self._orders, self._keep = segment, orders, keep
         self._budget_bytes, self._chunk_bytes, self._rows_per_chunk = budget_bytes, chunk_bytes, rows_per_chunk
         self._turn = 0
-        self._failed: set[tuple[int, int]] = set()  # of which nothing more can be read
+        self._failed: dict[tuple[int, int], int] = {}  # the chunk from which on nothing more can be read
         self.wait_s = float("inf")
         """The work word moves with all that there is to do."""
 
@@ -60,7 +66,7 @@ class StreamSchedule:
         living = list(self._orders.now())
         keys = {order.key for order in living}
         self._keep(keys)
-        self._failed &= keys
+        self._failed = {key: number for key, number in self._failed.items() if key in keys}
         if not living:
             return None
         self._turn = (self._turn + 1) % len(living)
@@ -71,11 +77,21 @@ class StreamSchedule:
         """As `next`, only for what somebody waits for."""
         return self._next_wanted(list(self._orders.now()))
 
-    def read(self, chunk: int, is_whole: bool) -> None:
-        """The streams know themselves how far they are. One that failed is not tried again but for who waits for it."""
-        if not is_whole:
-            slot = chunk // CHUNKS_PER_ORDER
-            self._failed |= {order.key for order in self._orders.now() if order.slot == slot}
+    def read(self, chunk: int, is_whole: bool) -> bool:
+        """The streams know themselves how far they are. Beyond where one failed is read only for who waits for that.
+
+        Returns whether it is news that it failed: the first time in an iteration that lives.
+        """
+        first_id = self._segment.chunk_first(chunk)
+        if is_whole or first_id is None:
+            return False
+        number = (first_id & LAST_POSITION) // self._rows_per_chunk
+        for order in self._orders.now():
+            if order.first_id == first_id & ~LAST_POSITION:
+                was = self._failed.get(order.key)
+                self._failed[order.key] = number if was is None else min(was, number)
+                return was is None
+        return False
 
     def waited_for(self) -> set[int]:
         """The chunks of which somebody waits for rows that nobody decodes yet, fetched or not."""
@@ -84,9 +100,13 @@ class StreamSchedule:
 
     def is_of_use(self, pick: Pick) -> bool:
         """Whether what ``pick`` is fetched for still holds."""
-        assert pick.stamp is not None
-        slot, gen, until = pick.stamp
-        return any(order.key == (slot, gen) and order.low_water < until for order in self._orders.now())
+        assert pick.rows is not None
+        return self.needs(pick.rows)
+
+    def needs(self, chunk: Chunk) -> bool:
+        """Whether the iteration that ``chunk`` is of lives, and has not passed it."""
+        key, end = chunk.piece[:2], chunk.first_row + chunk.num_rows
+        return any(order.key == key and order.low_water < end for order in self._orders.now())
 
     # -- parts ---------------------------------------------------------------------------------------------
 
@@ -106,9 +126,8 @@ class StreamSchedule:
         num_ahead = self._budget_bytes // len(living) // self._mean_bytes()
         num_ahead = min(max(num_ahead, 1), OPEN_AHEAD_CHUNKS)
         for order in living:
-            if order.key in self._failed:
-                continue
-            pick = self._claim(order, order.numbers.start + num_ahead, Why.ORDER)
+            end = order.numbers.start + num_ahead
+            pick = self._claim(order, min(end, self._failed.get(order.key, end)), Why.ORDER)
             if pick is not None:
                 return pick
         return None
@@ -154,39 +173,53 @@ class StreamSchedule:
 class LendingReader:
     """Reads streams' chunks, lends what has come of one meanwhile, and tells where a stream ends. See `Reader`."""
 
-    def __init__(self, segment: native.Segment, reader: Reader, lent: Lent) -> None:
-        self._segment, self._reader, self._lent = segment, reader, lent
+    def __init__(
+        self, segment: native.Segment, reader: OpenReader, lent: Lent, schedule: StreamSchedule, ask_s: float = ASK_S
+    ) -> None:
+        self._segment, self._reader, self._lent, self._schedule = segment, reader, lent, schedule
+        self._ask_s, self._ask_at = ask_s, 0.0
 
     def read(self, chunk: Chunk) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The rows of ``chunk`` in one batch; none if the stream ends before it.
+        """The rows of ``chunk`` in one batch; none if the stream ends before it, or its iteration does meanwhile.
 
         Raises:
             ReadError: the stream failed before; if it did after some rows, these come, with the reason.
         """
         slot, gen, _, index = chunk.piece
-        self._lent.begin(index, native.open_id(slot, gen, chunk.first_row))
-        batches: list[pa.RecordBatch] = []
+        self._lent.begin(index, native.open_id(slot, gen, chunk.first_row), self._reader.plain)
+        batch: pa.RecordBatch | None = None
         failure: ReadError | None = None
         try:
-            for _, batch in self._reader.read(chunk):
-                batches.append(batch)
-                self._lent.add(batch)
-                if len(batches) == 1:
-                    self._segment.work_tell()  # from now on the decoding thread looks by itself
+            for _, found in self._reader.read(chunk, lambda row: self._lend(row, chunk)):
+                batch = found
         except ReadError as error:
-            if not batches:
-                raise
-            log.error("chunk %d: %s", index, error)
             failure = error
         finally:
             self._lent.end()
-        num_rows = sum(batch.num_rows for batch in batches)
+        if not self._schedule.needs(chunk):  # whatever became of it
+            return
+        if failure is not None and batch is None:
+            raise failure
+        if failure is not None and self._schedule.read(index, False):
+            log.error("chunk %d: %s", index, failure)
+        num_rows = 0 if batch is None else batch.num_rows
         if failure is None and num_rows < chunk.num_rows:
             # Before its rows are in the ring: nobody takes one beyond them for missing.
             self._segment.order_finish(slot, gen, chunk.first_row + num_rows)
-        if batches:
-            whole = one_batch(pa.Table.from_batches(batches))
-            yield chunk.first_row, whole if failure is None else with_failure(whole, chunk.num_rows, failure)
+        if batch is not None:
+            yield chunk.first_row, batch if failure is None else with_failure(batch, chunk.num_rows, failure)
+
+    def _lend(self, row: pa.Table | None, chunk: Chunk) -> bool:
+        """Lend ``row``; whether more are needed. A slow stream is not read on for an iteration that was left."""
+        if row is not None:
+            self._lent.add(row)
+            if self._lent.num_rows == 1:
+                self._segment.work_tell()  # from now on the decoding thread looks by itself
+        now = time.monotonic()
+        if now < self._ask_at:
+            return True
+        self._ask_at = now + self._ask_s
+        return self._schedule.needs(chunk)
 
     def close(self) -> None:
         """Close the streams."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from shmloader.sources.base import Reader, SourcePlan, SourceRequest
+from shmloader.sources.base import OpenReader, Reader, SourcePlan, SourceRequest
 
 __all__ = ["make_plan", "open_reader"]
 
@@ -53,8 +53,12 @@ def make_plan(request: SourceRequest) -> SourcePlan:
     return plan.first(request.max_samples)
 
 
-def open_reader(request: SourceRequest, plan: SourcePlan, touch: Callable[[], None] = lambda: None) -> Reader:
-    """A reader of the plan's chunks. Prefetcher only; imports ``datasets`` only for what is not Parquet.
+def open_reader(
+    request: SourceRequest, plan: SourcePlan, touch: Callable[[], None] = lambda: None
+) -> Reader | OpenReader:
+    """A reader of the plan's chunks; of an open plan an `OpenReader`. Prefetcher only.
+
+    Imports ``datasets`` only for what is not Parquet.
 
     touch: called whenever something was read, also of what nobody asked for and is only passed over.
     """

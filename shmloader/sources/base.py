@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -172,9 +172,32 @@ class Reader(Protocol):
         ...
 
 
+#: Told of each row of a stream as it came (one row, as the stream gave it; None: one that is passed over); False: no
+#: more of them are needed.
+OnRow = Callable[[pa.Table | None], bool]
+
+
 @runtime_checkable
-class OpenReader(Reader, Protocol):
-    """Reads the chunks of an open plan, row by row; a chunk that is not full is the last of its iteration."""
+class OpenReader(Protocol):
+    """Reads the chunks of an open plan, row by row. See `Reader`."""
+
+    def read(self, chunk: Chunk, on_row: OnRow) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The rows of ``chunk`` in one batch, once all have come; one that is not full is the last of its iteration.
+
+        None of them, or some, if ``on_row`` said that no more are needed.
+
+        Raises:
+            ReadError: the stream failed; after the rows before, if there are any.
+        """
+        ...
+
+    def plain(self, rows: Sequence[pa.Table]) -> tuple[pa.RecordBatch | None, Exception | None]:
+        """The first of ``rows``, as many as are what the plan promises; and why the next one is not. Any thread."""
+        ...
+
+    def close(self) -> None:
+        """Close its streams."""
+        ...
 
     def keep(self, keys: Collection[tuple[int, int]]) -> None:
         """Close all iterations but these."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError
-from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
+from shmloader.sources.base import Chunk, OnRow, SourcePlan, SourceRequest
 from shmloader.sources.resolve import has_secret, without_secrets
+from shmloader.sources.rows import one_batch
 from shmloader.sources.stream import as_arrow, open_planned, plain_rows
 
 #: Which iteration of the stream a chunk is of.
@@ -17,7 +19,7 @@ Key = tuple[int, int]
 
 
 class _Iteration:
-    """One iteration of the stream, as far as it was read. failed: from which row on it cannot be read, and why."""
+    """One iteration of the stream, as far as it was read. failed: the row that cannot be read, and why."""
 
     def __init__(self, tables: Iterator[pa.Table]) -> None:
         self.tables = tables
@@ -26,10 +28,10 @@ class _Iteration:
 
 
 class OpenStreamReader:
-    """Reads the chunks of an open plan. One prefetcher, one thread.
+    """Reads the chunks of an open plan. One prefetcher, one thread; see `OpenReader`.
 
-    Each iteration is a stream of its own; a jump backwards opens it again. Rows come one by one, so that the first ones
-    of a slow stream need not wait for the others of their chunk (measured: 5 µs a row more than 64 at once).
+    Each iteration is a stream of its own; a jump backwards opens it again. Rows are taken one by one, so that the first
+    ones of a slow stream need not wait for the others of their chunk, and made plain together.
     """
 
     def __init__(self, request: SourceRequest, plan: SourcePlan, touch: Callable[[], None]) -> None:
@@ -39,39 +41,55 @@ class OpenStreamReader:
         self._features: Any = None
         self._iterations: dict[Key, _Iteration] = {}
 
-    def read(self, chunk: Chunk) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """The rows of ``chunk``, one by one; fewer, or none, where the stream ends.
+    def read(self, chunk: Chunk, on_row: OnRow) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """The rows of ``chunk``, in one batch; fewer, or none, where the stream ends. Rows before it are passed over.
 
-        chunk: its piece is (the iteration's key, two numbers; its epoch). Rows before it that were not read yet are
-        skipped over.
+        chunk: its piece is (the iteration's key, two numbers; its epoch).
 
         Raises:
             ReadError: the stream failed, in this chunk (after the rows that were given) or before; or it gives fewer
                 rows than it did when it was read before.
         """
-        one, other, epoch = chunk.piece[:3]
-        found = self._iterations.get((one, other))
-        if found is not None and found.failed is not None and chunk.first_row >= found.failed[0]:
-            # Not all of it again.
-            raise self._read_error(chunk, chunk.first_row, f"it ended before them: {found.failed[1]}")
+        found = self._iteration(chunk)
+        if found.failed is not None:
+            raise self._read_error(chunk, *found.failed)  # not all of it again
+        rows: list[pa.Table] = []
+        failure: Exception | None = None
         try:
-            if found is None or found.next_row > chunk.first_row:
-                found = None
-                found = self._iterations[one, other] = _Iteration(self._open(epoch))
-            yield from self._rows(found, chunk)
+            if not self._take(found, chunk, rows, on_row):
+                return
         except (ShmloaderError, MemoryError):
-            self._iterations.pop((one, other), None)
+            del self._iterations[chunk.piece[0], chunk.piece[1]]
             raise
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            if found is None:  # it could not be opened
-                found = self._iterations[one, other] = _Iteration(iter(()))
-            first = max(chunk.first_row, found.next_row)
-            found.failed = (first, why)
-            failure = self._read_error(chunk, first, why)
-            if has_secret(self._request, str(error)):
-                raise failure from None
-            raise failure from error
+            failure, row = error, found.next_row
+        batch, unfit = self.plain(rows)
+        if unfit is not None:  # before whatever came behind
+            failure, row = unfit, chunk.first_row + (0 if batch is None else batch.num_rows)
+        if failure is not None:
+            found.failed = (row, f"{type(failure).__name__}: {failure}")
+        if batch is not None:
+            yield chunk.first_row, batch
+        if failure is not None and found.failed is not None:
+            told = self._read_error(chunk, *found.failed)
+            if has_secret(self._request, str(failure)):
+                raise told from None
+            raise told from failure
+
+    def plain(self, rows: Sequence[pa.Table]) -> tuple[pa.RecordBatch | None, Exception | None]:
+        """The first of ``rows``, as many as are what the plan promises; and why the next one is not."""
+        if not rows:
+            return None, None
+        with contextlib.suppress(Exception):
+            return self._plain(pa.concat_tables(rows)), None
+        good, unfit = [], None
+        for row in rows:
+            try:
+                good.append(self._plain(row))
+            except Exception as error:
+                unfit = error
+                break
+        return one_batch(pa.Table.from_batches(good)) if good else None, unfit
 
     def keep(self, keys: Collection[Key]) -> None:
         """Close all iterations but these."""
@@ -83,36 +101,66 @@ class OpenStreamReader:
         self._iterations = {}
         self._stream = None
 
-    def _rows(self, iteration: _Iteration, chunk: Chunk) -> Iterator[tuple[int, pa.RecordBatch]]:
+    def _iteration(self, chunk: Chunk) -> _Iteration:
+        """The one that ``chunk`` is of; another one if that was read beyond, but for one that failed before."""
+        one, other, epoch = chunk.piece[:3]
+        found = self._iterations.get((one, other))
+        is_failed = found is not None and found.failed is not None and found.failed[0] <= chunk.first_row
+        if found is not None and (is_failed or found.next_row <= chunk.first_row):
+            return found
+        found = self._iterations[one, other] = _Iteration(self._tables(epoch))
+        return found
+
+    def _take(self, iteration: _Iteration, chunk: Chunk, rows: list[pa.Table], on_row: OnRow) -> bool:
+        """Read on, to the end of ``chunk`` or of the stream; False: ``on_row`` said that it need not."""
         end = chunk.first_row + chunk.num_rows
         while iteration.next_row < end:
             table = next(iteration.tables, None)
             if table is None:
                 if iteration.next_row < chunk.first_row:
-                    why = f"it gave {iteration.next_row} rows now, and more before"
-                    raise self._read_error(chunk, chunk.first_row, why)
-                return
+                    raise self._too_few(chunk, iteration.next_row)
+                break
             self._touch()
-            row = iteration.next_row
+            is_before = iteration.next_row < chunk.first_row
             iteration.next_row += 1
-            if row >= chunk.first_row:
-                yield row, plain_rows(table, self._schema, self._features, self._request)
+            if not is_before:
+                rows.append(table)
+            if not on_row(None if is_before else table):
+                return False
+        return True
 
-    def _open(self, epoch: int) -> Iterator[pa.Table]:
+    def _plain(self, table: pa.Table) -> pa.RecordBatch:
+        return plain_rows(table, self._schema, self._features, self._request)
+
+    def _tables(self, epoch: int) -> Iterator[pa.Table]:
+        """All rows, one by one; it is opened with the first."""
         if self._stream is None:
             self._stream, self._features = open_planned(self._request, self._plan)
         stream = as_arrow(self._stream, self._features, self._schema.names)
         if hasattr(stream, "set_epoch"):
             stream.set_epoch(epoch)  # another order, if it is shuffled
-        return iter(stream.iter(1))
+        yield from stream.iter(1)
 
-    def _read_error(self, chunk: Chunk, first: int, why: str) -> ReadError:
-        """Of ``chunk``'s rows from ``first`` on."""
-        end = chunk.first_row + chunk.num_rows
+    def _read_error(self, chunk: Chunk, row: int, why: str) -> ReadError:
+        """Of ``chunk``'s rows from ``row`` on, or of all of them if that lies before."""
+        first, end = max(row, chunk.first_row), chunk.first_row + chunk.num_rows
+        what = f"row {row} of the stream, and none after it"
+        if row < chunk.first_row:
+            what = f"rows {first} to {end - 1} of the stream, which failed at row {row}"
+        return self._error(f"{what}: {without_secrets(self._request, why)}", first, end)
+
+    def _too_few(self, chunk: Chunk, num_rows: int) -> ReadError:
+        first, end = chunk.first_row, chunk.first_row + chunk.num_rows
+        return self._error(
+            f"rows {first} to {end - 1} of the stream: it gave {num_rows} rows now, and more before. "
+            "Check that it gives the same rows each time it is read",
+            first,
+            end,
+        )
+
+    def _error(self, what: str, first: int, end: int) -> ReadError:
         return ReadError(
-            f"{self._plan.name}, split {self._plan.split!r}: cannot read rows {first} to {end - 1} of the stream: "
-            f"{without_secrets(self._request, why)}. "
-            "Check that it gives the same rows each time it is read, and all of them the same columns.",
+            f"{self._plan.name}, split {self._plan.split!r}: cannot read {what}.",
             dataset=self._plan.name,
             shard=self._plan.shards[0],
             first_row=first,

@@ -68,6 +68,25 @@ static void what_finds_no_room_among_the_resident_goes_to_transit(void)
     check_stage(writer);
 }
 
+/* A chunk that found resident promised away when it was fetched stays after all if rows turn out to be smaller: the rows
+ * from then on. */
+static void a_chunk_stays_after_all_when_rows_turn_out_smaller(void)
+{
+    new_cast(small_shape);
+    CHECK_EQ(shml_chunk_claim(writer, 0), SHML_OK);
+    (void)put(writer, 0, 1 * KIB); /* a quarter of resident: with four such rows in a chunk it has no room for more */
+    CHECK_EQ(shml_chunk_claim(writer, 1), SHML_OK);
+    CHECK_EQ(chunk_state(writer, 1) & SHML_CHUNK_STAYS, 0);
+    (void)put(writer, ROWS, 64);
+    CHECK_EQ(row_of(writer, ROWS), SHML_ROW_TRANSIT);
+    for (uint64_t row = 1; row < ROWS; row++)
+        (void)put(writer, row, 64);
+    (void)put(writer, ROWS + 1, 64);
+    CHECK_EQ(row_of(writer, ROWS + 1), SHML_ROW_FINAL);
+    CHECK(chunk_state(writer, 1) & SHML_CHUNK_STAYS);
+    check_stage(writer);
+}
+
 /* A resident region that memory was refused to is only full. */
 static void a_frozen_resident_region_is_only_full(void)
 {
@@ -932,6 +951,7 @@ static void repair_keeps_blocks_and_what_holds_them(void)
 }
 
 TEST_MAIN(TEST(rows_of_chunks_that_do_not_stay_go_to_transit), TEST(rows_of_chunks_that_stay_are_resident),
+          TEST(a_chunk_stays_after_all_when_rows_turn_out_smaller),
           TEST(what_finds_no_room_among_the_resident_goes_to_transit), TEST(a_frozen_resident_region_is_only_full),
           TEST(encoded_chunks_go_to_the_raw_region), TEST(what_is_larger_than_its_region_is_too_big),
           TEST(without_transit_what_does_not_fit_is_refused), TEST(only_as_much_as_is_needed_is_evicted),

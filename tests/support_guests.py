@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from support_sets import in_child, join
 
@@ -44,3 +46,30 @@ def full_table(files: RingFiles, role: int = native.WORKER) -> Iterator[Callable
         os.close(ready)
         os.close(going_on)
         assert join(child) == 0
+
+
+class Waiting:
+    """A thread that reads; `result` gives what it got, or raises what it raised."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._results: list[Any] = []
+        self._errors: list[BaseException] = []
+        self._thread = threading.Thread(target=self._run, args=(work,))
+        self._thread.start()
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            self._results.append(work())
+        except BaseException as error:
+            self._errors.append(error)
+
+    @property
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        if self._errors:
+            raise self._errors[0]
+        return self._results[0]

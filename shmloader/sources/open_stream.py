@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -80,9 +79,10 @@ class OpenStreamReader:
         """The first of ``rows``, as many as are what the plan promises; and why the next one is not."""
         if not rows:
             return None, None
-        with contextlib.suppress(Exception):
+        try:
             return self._plain(pa.concat_tables(rows)), None
-        good, unfit = [], None
+        except Exception:  # of which row it is is found below, where each is tried alone; that error is told
+            good, unfit = [], None
         for row in rows:
             try:
                 good.append(self._plain(row))

@@ -204,6 +204,7 @@ def test_workers_killed_while_they_wait_leave_no_wants(tmp_path: Path) -> None:
     name, process = write_numbers(tmp_path / "d", NUM_ROWS), gated(Gate(tmp_path / "gate"), HALF)
     with ShmMultimodalDataset(dataset_name=name, process=process, options=OPTIONS) as dataset:
         supervisor = supervisor_of(dataset)
+        wait_until(lambda: len(prefetchers_of(dataset)) == OPTIONS.prefetchers)  # one that comes later would claim all
         kill(supervisor, sig=signal.SIGSTOP)
         try:
             kill(*prefetchers_of(dataset))  # nobody replaces them: what is wanted stays so, as no one claims it

@@ -41,6 +41,8 @@ class SharedDataset:
         transform: Function | None,
         process: Function | None,
         options: Options | None,
+        cache_size: int | None,
+        keys: str | Mapping[str, str],
         writable: bool,
         seed: int,
     ) -> None:

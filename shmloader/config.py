@@ -13,6 +13,7 @@ class MultimodalConfig:
     vision_dim: images are [3, vision_dim, vision_dim].
     max_audio_length: of an audio clip, in samples at 16 kHz; for audio, which is not read yet.
     max_text_length: longer token sequences are cut.
+    pad_to_multiple_of: the length of padded tokens in a batch is rounded up to a multiple of this; None: it is not.
     image_dtype: "float32", normalised by ImageNet's mean and deviation (stored as uint8, converted as a batch is
         gathered), or "uint8", as decoded.
     """
@@ -21,4 +22,5 @@ class MultimodalConfig:
     vision_dim: int = 224
     max_audio_length: int = 16000
     max_text_length: int = 512
+    pad_to_multiple_of: int | None = None
     image_dtype: str = "float32"

@@ -63,13 +63,18 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         *,
         transform: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
         process: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
-        columns: dict[str, str] | None = None,
+        columns: dict[str, Any] | None = None,
+        use_streaming: bool = True,
+        cache_size: int | None = None,
+        keys: str | Mapping[str, str] = "shmloader",
         load: dict[str, Any] | None = None,
         options: Options | None = None,
         writable: bool = False,
         seed: int = 0,
     ) -> None:
-        request = SourceRequest(dataset_name, split, columns, process is not None, dict(load or {}))
+        request = SourceRequest(
+            dataset_name, split, columns, process is not None, dict(load or {}), is_downloaded=not use_streaming
+        )
         self._open(
             config,
             tokenizer,
@@ -77,6 +82,8 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             transform=transform,
             process=process,
             options=options,
+            cache_size=cache_size,
+            keys=keys,
             writable=writable,
             seed=seed,
         )

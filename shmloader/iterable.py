@@ -55,7 +55,10 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
         *,
         transform: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
         process: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
-        columns: dict[str, str] | None = None,
+        columns: dict[str, Any] | None = None,
+        use_streaming: bool = True,
+        cache_size: int | None = None,
+        keys: str | Mapping[str, str] = "shmloader",
         load: dict[str, Any] | None = None,
         options: Options | None = None,
         writable: bool = False,
@@ -73,6 +76,7 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
             dict(load or {}),
             is_iterable=True,
             max_samples=self.max_samples,
+            is_downloaded=not use_streaming,
         )
         self._open(
             config,
@@ -81,6 +85,8 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
             transform=transform,
             process=process,
             options=options,
+            cache_size=cache_size,
+            keys=keys,
             writable=writable,
             seed=seed,
         )

@@ -41,6 +41,8 @@ class Field:
     same_as: name of the field whose bytes it shares (nothing is stored twice).
     scale, shift: per channel (first dimension); the reader gets ``float32(stored) * scale + shift``.
     is_text: the stored uint8 [n] are UTF-8; the reader gets a str.
+    optional: a sample may lack it; a batch then has zeros in its place, and a mask of its samples (`presence`).
+    multiple_of: the padded length of a batch is rounded up to a multiple of this.
     """
 
     name: str
@@ -53,6 +55,13 @@ class Field:
     shift: tuple[float, ...] | None = None
     is_text: bool = False
     most: tuple[int, ...] | None = None
+    optional: bool = False
+    multiple_of: int = 1
+
+    @property
+    def presence(self) -> str | None:
+        """Name of the batch's bool [B] field that tells which samples have this one; None: all do."""
+        return f"{self.name}_mask" if self.optional else None
 
     @cached_property
     def numpy_dtype(self) -> np.dtype[Any]:

@@ -22,26 +22,30 @@ class SourceRequest:
     load: passed on to ``datasets`` (name, revision, token, data_files, …); not in the repr.
     is_iterable: the rows are only iterated over, so nobody has to know how many they are.
     max_samples: of an iterable request, only so many rows; None: all.
+    is_downloaded: what is on a Hub is to be had from local files, downloaded first.
     """
 
     dataset: Any
     split: str
-    columns: dict[str, str] | None = None
+    columns: dict[str, Any] | None = None
     all_columns: bool = False
     load: dict[str, Any] = field(default_factory=dict, repr=False)
     is_iterable: bool = False
     max_samples: int | None = None
+    is_downloaded: bool = False
 
 
 @dataclass(frozen=True)
 class Columns:
     """Which columns make a sample; None where the dataset has none for that role.
 
+    A column inside another one is named by its path ("answers.text"); of ``text`` there may be several, in order.
     class_names: of ``labels``, if its feature is a ClassLabel.
     """
 
-    text: str | None = None
+    text: str | tuple[str, ...] | None = None
     image: str | None = None
+    audio: str | None = None
     labels: str | None = None
     class_names: tuple[str, ...] | None = None
 
@@ -50,7 +54,7 @@ class Columns:
 GUESSED_ROW_BYTES = 64 << 10
 
 #: Of the JSON of a plan: to be raised with every change of what it holds or of how chunks are cut.
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 
 @dataclass(frozen=True)

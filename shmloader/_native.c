@@ -1813,6 +1813,7 @@ static int add_constants(PyObject *module)
         {"COPY", SHML_COPY},
         {"NORMALIZE", SHML_NORMALIZE},
         {"MASK", SHML_MASK},
+        {"PRESENT", SHML_PRESENT},
         {"REF_BYTES", sizeof(shml_ref_t)},
         {"TICK_MS", SHML_TICK_MS},
         {"MAX_ATTEMPTS", SHML_MAX_ATTEMPTS},

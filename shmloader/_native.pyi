@@ -53,6 +53,7 @@ TEXT_BYTES: int
 COPY: int
 NORMALIZE: int
 MASK: int
+PRESENT: int
 REF_BYTES: int
 TICK_MS: int
 MAX_ATTEMPTS: int

@@ -6,13 +6,15 @@ import logging
 import operator
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Self
 
 import shmloader._native as native
-from shmloader.collate import collate
+from shmloader.collate import PADDED, Lengths, collate_as
 from shmloader.config import MultimodalConfig
 from shmloader.errors import ClosedError, OptionError
+from shmloader.keys import Keys
 from shmloader.opening import close_set, open_set
 from shmloader.options import Options
 from shmloader.prefetch.payload import Work
@@ -42,7 +44,7 @@ class SharedDataset:
         process: Function | None,
         options: Options | None,
         cache_size: int | None,
-        keys: str | Mapping[str, str],
+        keys: str | Mapping[str, str | None],
         writable: bool,
         seed: int,
     ) -> None:
@@ -64,12 +66,18 @@ class SharedDataset:
                     value=repr(function),
                     allowed="a callable",
                 )
+        names = Keys.parse(keys)
         options = Options.from_env() if options is None else options
         work = Work(request, MultimodalConfig() if config is None else config, tokenizer, process)
         self.transform = transform
         self.writable = writable
         self.seed = operator.index(seed)
         self._reader = open_set(work, options)
+        try:
+            self._reader.name_fields(names)
+        except BaseException:
+            close_set(self._reader, os.getpid())
+            raise
         self._closer = weakref.finalize(self, close_set, self._reader, os.getpid())
         self._closer.atexit = False  # the process's end is noticed without us
         _show_log(options.log)
@@ -78,10 +86,35 @@ class SharedDataset:
 
     # -- around it -------------------------------------------------------------------------------------
 
-    @property
-    def collate(self) -> Callable[..., dict[str, Any]]:
-        """The collate function that a DataLoader takes by default for these samples."""
-        return collate
+    def collate(self, samples: Sequence[Any]) -> Any:
+        """The batch of ``samples``, for ``DataLoader(collate_fn=dataset.collate)``, spawned workers included.
+
+        As what a DataLoader does by itself with this dataset's samples, but also for plain dicts that a wrapper has
+        made of them, as ``{**sample, "x": 1}``: these are padded and have masks too. They may be in tuples or lists,
+        which are collated as torch does.
+
+        Raises:
+            ShmloaderError: the samples have different fields, or the values of one cannot be laid side by side.
+        """
+        return collate_as(self._reader.face(), PADDED, samples)
+
+    def collate_with(
+        self, *, pad_to_multiple_of: int | None = None, ragged: Mapping[str, str] | None = None
+    ) -> Callable[[Sequence[Any]], Any]:
+        """A `collate` that lays values of different lengths side by side in another way.
+
+        pad_to_multiple_of: padded lengths are rounded up to a multiple of this; None: as the config says.
+        ragged: field → "pad": filled up to the longest, also if a wrapper has added the field (with 0); "nested": a
+            jagged ``torch.nested`` tensor [B, j, …]; "list": each sample's value as it is, whatever it is, None where
+            it is lacking. Only "pad" makes an ``attention_mask``. Of what is in a dict: "field.key".
+
+        Raises:
+            OptionError: a bad argument; from the batch: no sample has a field that ``ragged`` names.
+        """
+        return partial(self._collate, Lengths.parse(pad_to_multiple_of, ragged))
+
+    def _collate(self, lengths: Lengths, samples: Sequence[Any]) -> Any:
+        return collate_as(self._reader.face(), lengths, samples)
 
     @property
     def name(self) -> str:

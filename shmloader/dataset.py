@@ -66,7 +66,7 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         columns: dict[str, Any] | None = None,
         use_streaming: bool = True,
         cache_size: int | None = None,
-        keys: str | Mapping[str, str] = "shmloader",
+        keys: str | Mapping[str, str | None] = "shmloader",
         load: dict[str, Any] | None = None,
         options: Options | None = None,
         writable: bool = False,

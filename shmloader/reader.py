@@ -15,6 +15,7 @@ from typing import Any
 import shmloader._native as native
 from shmloader.errors import ClosedError, PoisonedError
 from shmloader.files import RingFiles
+from shmloader.keys import Face, Keys
 from shmloader.live_orders import LiveOrder, LivingOrders
 from shmloader.order import Order
 from shmloader.prefetch.launch import SetFiles, ensure_supervisor
@@ -37,7 +38,7 @@ class Attachment:
     """What a process that reads a set holds. Samples keep it alive, and with it the mapping of the ring."""
 
     ring: Ring
-    schema: Schema
+    face: Face
 
 
 class Reader:
@@ -58,6 +59,23 @@ class Reader:
         self._attachment: Attachment | None = None
         self._orders = LivingOrders(plan)
         self._shown: set[int] = set()
+        self._keys = Keys()
+        self._face: Face | None = None
+
+    def name_fields(self, keys: Keys) -> None:
+        """Give samples and batches these names; before the first is read. OptionError, if the schema is known."""
+        self._keys = keys
+        self.face()
+
+    def face(self) -> Face | None:
+        """What is to be seen of the samples; None as long as no row was processed that tells. OptionError: bad keys."""
+        if self._face is None:
+            schema = self.plan.schema
+            if schema is None and not self.is_closed:
+                text = self.attach().segment.text_get(native.TEXT_SCHEMA)
+                schema = None if text is None else Schema.from_json(text.decode())
+            self._face = None if schema is None else self._keys.face(schema)
+        return self._face
 
     def attach(self) -> Ring:
         """The attachment of this process, made now if there is none or it was inherited."""
@@ -91,14 +109,17 @@ class Reader:
         return self.attach().get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
 
     def attachment(self) -> Attachment:
-        """What samples need to be looked into. Before the first one is there, there may be no schema: PoisonedError."""
+        """What samples need to be looked into. Raises as `face`; PoisonedError: there is no schema, so no sample."""
         ring = self.attach()
         attachment = self._attachment
         if attachment is None or attachment.ring is not ring:
+            face = self.face()
+            if face is None:
+                raise PoisonedError("there are samples but no schema", reason="no schema")
             with _attaching:
                 attachment = self._attachment
                 if attachment is None or attachment.ring is not ring:
-                    attachment = self._attachment = Attachment(ring, self._schema(ring))
+                    attachment = self._attachment = Attachment(ring, face)
         return attachment
 
     def begin_order(self, order: Order, epoch: int) -> LiveOrder | None:
@@ -141,14 +162,6 @@ class Reader:
             return
         warnings.warn(json.loads(text)["message"], stacklevel=2)
 
-    def _schema(self, ring: Ring) -> Schema:
-        if self.plan.schema is not None:
-            return self.plan.schema
-        text = ring.segment.text_get(native.TEXT_SCHEMA)
-        if text is None:
-            raise PoisonedError("there are samples but no schema", reason="no schema")
-        return Schema.from_json(text.decode())
-
     # -- travelling to a worker that is spawned --------------------------------------------------------
 
     def check_can_travel(self) -> None:
@@ -172,6 +185,7 @@ class Reader:
             "timeout_s": self.timeout_s,
             "owner_pid": self.owner_pid,
             "owner": self.owner,
+            "keys": self._keys,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -181,4 +195,4 @@ class Reader:
         set_plan = read_plan(plan)
         assert set_plan is not None
         self.__init__(files, set_plan, state["timeout_s"])  # type: ignore[misc]
-        self.owner_pid, self.owner = state["owner_pid"], state["owner"]
+        self.owner_pid, self.owner, self._keys = state["owner_pid"], state["owner"], state["keys"]

@@ -138,8 +138,14 @@ _filling_lock = threading.RLock()
 os.register_at_fork(after_in_child=lambda: globals().update(_filling_lock=threading.RLock()))
 
 
+#: Stands for what is not there.
+_ABSENT: Any = object()
+#: Stands in a sample's views for a value of the record that the user has a private copy of.
+_NOT_THE_RECORD_S: Any = object()
+
+
 class Sample(LazyDict):
-    """One sample: field name → tensor, plus ``task_type`` and ``source``.
+    """One sample: field name → tensor, plus ``task_type`` and ``source``; without what its row lacks.
 
     Made by a dataset, its tensors lie in shared memory: they are read-only (an in-place write ends the process
     with a message that says so), and stay valid as long as one of them lives, also when the dataset is closed.
@@ -172,23 +178,22 @@ class Sample(LazyDict):
     def _items(self) -> dict[str, Any]:
         assert self._attachment is not None
         assert self._refs is not None
-        schema, ring = self._attachment.schema, self._attachment.ring
+        face, ring = self._attachment.face, self._attachment.ring
         base = self._refs.base
         offset, num_bytes = self._refs.place(self._index)
-        entries = ring.segment.fields(offset, num_bytes, len(schema.fields), base)
+        entries = ring.segment.fields(offset, num_bytes, len(face.fields), base)
         pin = self._refs.pin(self._index)  # of this record alone: a view may outlive its batch
         items: dict[str, Any] = {}
         views: dict[str, Any] = {}
-        for field, entry in zip(schema.fields, entries, strict=True):
-            if entry is None:
+        for field, is_shown, entry in zip(face.fields, face.is_shown, entries, strict=True):
+            if entry is None or not is_shown:
                 continue
             at, size, dims = entry
             exporter = base.view(offset + at, size, pin)
-            items[field.name], is_view = _value(field, exporter, dims[: len(field.shape)], self._writable)
-            if is_view:
-                views[field.name] = items[field.name]
-        for name, text in (("task_type", schema.task_type), ("source", schema.sources[0])):
-            items[name] = views[name] = text
+            value, is_view = _value(field, exporter, dims[: len(field.shape)], self._writable)
+            items[field.name], views[field.name] = value, value if is_view else _NOT_THE_RECORD_S
+        views |= face.values
+        items |= face.values
         self._views = views
         return items
 
@@ -199,9 +204,10 @@ class Sample(LazyDict):
     def is_view(self, name: str) -> bool:
         """Whether field ``name`` still is the view of the record that was made for it, so has the record's value.
 
-        False for a private copy, which may have been written to, and for what the user has set.
+        False for a private copy, which may have been written to, and for what the user has set. True also for what
+        neither the record nor the sample has.
         """
-        return not self._is_filled or (name in self._views and self.get(name) is self._views[name])
+        return not self._is_filled or self.get(name, _ABSENT) is self._views.get(name, _ABSENT)
 
     def __copy__(self) -> Sample:
         return Sample({key: _private(value) for key, value in self.items()})

@@ -1,0 +1,223 @@
+"""Fields of a batch that are collated from the samples' values: what users set, added, or took as copies."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import _utils
+
+from shmloader.collate.gather import presence_name, rounded
+from shmloader.collate.lengths import Lengths
+from shmloader.collate.origins import Origins
+from shmloader.errors import ShmloaderError
+from shmloader.sample import Field
+from shmloader.tokens import is_plain
+from shmloader.views import torch_dtype
+
+#: torch's, by type of a sample's value: what a user may have registered his own types in.
+CollateMap = dict[Any, Callable[..., Any]]
+
+#: Stands for the value of a sample that lacks the field.
+_LACKING: Any = object()
+
+
+def collate_map() -> CollateMap:
+    """The functions that torch's ``default_collate`` goes by."""
+    found: CollateMap = _utils.collate.default_collate_fn_map
+    return found
+
+
+class Values:
+    """One batch's samples, to be collated field by field at torch's speed."""
+
+    def __init__(self, origins: Origins, lengths: Lengths, functions: CollateMap | None) -> None:
+        self._origins = origins
+        self._lengths = lengths
+        self._functions = functions or collate_map()
+
+    def collate(self, name: str) -> dict[str, Any]:
+        """The batch's field ``name``, and its masks; padded where the schema says that lengths may differ.
+
+        Raises:
+            ShmloaderError: the values cannot be made a batch.
+        """
+        origins = self._origins
+        fields = self._fields(name)
+        field = next((field for field in fields if field is not None), None)
+        values = [_as_tensor(sample.get(name, _LACKING)) for sample in origins.samples]
+        present = [value for value in values if value is not _LACKING]
+        presence = presence_name(origins.known, name, len(present) < len(values))
+        mode = self._lengths.mode(name, field)
+        batch: dict[str, Any]
+        if mode == "list":
+            batch = {name: [None if value is _LACKING else value for value in values]}
+        elif any(map(_is_tensor, present)) or not (present or field is None or field.is_text):
+            batch = self._tensors(name, values, fields, mode)
+        else:
+            batch = {name: self._others(name, values)}
+        if presence is not None and presence not in origins.names:
+            batch[presence] = torch.tensor([value is not _LACKING for value in values])
+        return batch
+
+    def _fields(self, name: str) -> list[Field | None]:
+        """What each sample's dataset says of the field; of a sample of an unknown one, what the first known says."""
+        known = next((field for face in self._origins.known if (field := face.field(name)) is not None), None)
+        return [known if face is None or face.field(name) is None else face.field(name) for face in self._origins.faces]
+
+    # -- tensors ---------------------------------------------------------------------------------------
+
+    def _tensors(self, name: str, values: list[Any], fields: list[Field | None], mode: str | None) -> dict[str, Any]:
+        present = [_number(value) for value in values if value is not _LACKING]
+        odd = next((i for i, v in enumerate(values) if v is not _LACKING and not _is_tensor(_number(v))), None)
+        if odd is not None:
+            raise _no_batch(name, f"sample {odd} of the batch has {_describe(values[odd])}, others have tensors")
+        if any(value.is_nested for value in present):
+            return {name: [None if value is _LACKING else value for value in values]}
+        _check_dtypes(name, values, fields)
+        blank = _blank(fields, present)
+        if mode == "nested":
+            return {name: _jagged(name, [blank[:0] if v is _LACKING else _number(v) for v in values])}
+        if mode == "pad" and _can_be_padded([blank, *present]):
+            rows = [blank[:0] if v is _LACKING else _number(v) for v in values]
+            return self._padded(name, rows, fields)
+        rows = [blank if v is _LACKING else _number(v) for v in values]
+        other = next((i for i, row in enumerate(rows) if row.shape != rows[0].shape), None)
+        if other is not None:
+            raise _no_batch(
+                name,
+                f"sample 0 of the batch has shape {list(rows[0].shape)}, sample {other} has {list(rows[other].shape)}. "
+                "Only the first dimension of a field of the dataset is padded; of a field that you have added, with "
+                f"collate_fn=dataset.collate_with(ragged={{{name!r}: 'pad'}}) (or 'nested', or 'list'). A field that "
+                f"stands for another thing in each dataset can have another name: keys={{{name!r}: …}}",
+            )
+        if all(is_plain(row) for row in rows):
+            return {name: torch.stack(rows)}  # torch's own, in a worker, makes a file in /dev/shm
+        return {name: self._others(name, rows)}
+
+    def _padded(self, name: str, rows: Sequence[torch.Tensor], fields: Sequence[Field | None]) -> dict[str, Any]:
+        """Rows filled up to the longest, each with what its dataset pads with; and the mask of what is not filled."""
+        longest = max(len(row) for row in rows)
+        known = [field for field in fields if field is not None]
+        multiple = math.lcm(*(rounded(field, 1) for field in known)) if known else self._lengths.multiple_of or 1
+        longest = -(-longest // multiple) * multiple
+        dtype = functools.reduce(torch.promote_types, (row.dtype for row in rows))
+        whole = torch.empty((len(rows), longest, *rows[0].shape[1:]), dtype=dtype)
+        for place, row, field in zip(whole, rows, fields, strict=True):
+            place[: len(row)] = row
+            place[len(row) :] = 0 if field is None or field.pad is None else field.pad
+        batch = {name: whole}
+        mask = known[0].mask if known else None
+        if mask is not None and mask not in self._origins.names:
+            lengths = torch.tensor([len(row) for row in rows])
+            batch[mask] = (torch.arange(longest) < lengths[:, None]).to(torch.int64)
+        return batch
+
+    # -- everything else -------------------------------------------------------------------------------
+
+    def _others(self, name: str, values: list[Any]) -> Any:
+        """As torch collates it: numbers to a tensor, strings to a list, dicts and lists by their items."""
+        present = [value for value in values if value is not _LACKING]
+        if not present or all(isinstance(value, str | bytes) for value in present):
+            return [None if value is _LACKING else value for value in values]
+        if len(present) < len(values):
+            if not all(isinstance(value, bool | int | float) for value in present):
+                raise _no_batch(name, f"samples that have {_describe(present[0])} are in a batch with samples without")
+            values = [type(present[0])(0) if value is _LACKING else value for value in values]
+        if all(type(value) is dict for value in values):
+            return self._dicts(name, values)
+        try:
+            return _utils.collate.collate(values, collate_fn_map=self._functions)
+        except (TypeError, ValueError, RuntimeError) as error:
+            kinds = [type(value) for value in values]
+            row = next((i for i, kind in enumerate(kinds) if kind is not kinds[0]), 0)
+            raise _no_batch(name, f"sample {row} of the batch has {_describe(values[row])} ({error})") from error
+
+    def _dicts(self, name: str, values: list[dict[Any, Any]]) -> dict[Any, Any]:
+        for row, value in enumerate(values):
+            if value.keys() != values[0].keys():
+                odd = ", ".join(sorted(map(str, value.keys() ^ values[0].keys())))
+                raise _no_batch(name, f"its dict of sample {row} of the batch differs from sample 0's in {odd}")
+        inner: dict[Any, Any] = {}
+        for key in values[0]:
+            path = f"{name}.{key}"
+            items = [_as_tensor(value[key]) for value in values]
+            if any(_is_tensor(item) for item in items):
+                inner[key] = self._tensors(path, items, [None] * len(items), self._lengths.mode(path, None))[path]
+            else:
+                inner[key] = self._others(path, items)
+        return inner
+
+
+def _as_tensor(value: Any) -> Any:
+    is_numeric = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+    return torch.as_tensor(value) if is_numeric else value
+
+
+def _number(value: Any) -> Any:
+    """A Python or numpy number as a tensor, for one that is among tensors."""
+    return torch.as_tensor(value) if isinstance(value, bool | int | float | np.number | np.bool_) else value
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _check_dtypes(name: str, values: Sequence[Any], fields: Sequence[Field | None]) -> None:
+    """Not uint8 images of one dataset beside another's normalised ones: the numbers do not mean the same."""
+    kinds = {
+        field: value.is_floating_point()
+        for value, field in zip(values, fields, strict=True)
+        if field and _is_tensor(value)
+    }
+    if len(set(kinds.values())) > 1:
+        raise _no_batch(
+            name,
+            "the datasets in the batch have it as floats and as whole numbers. Give them the same config (image_dtype)",
+        )
+
+
+def _blank(fields: Sequence[Field | None], present: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The zeros that stand for a sample without the field: as the others have it, else as the schema says."""
+    if present:
+        return torch.zeros_like(present[0], requires_grad=False)
+    field = next(field for field in fields if field is not None)
+    dtype = torch.float32 if field.scale is not None else torch_dtype(field.numpy_dtype)
+    return torch.zeros(tuple(n or 0 for n in field.shape), dtype=dtype)
+
+
+def _can_be_padded(values: Sequence[torch.Tensor]) -> bool:
+    return all(value.ndim and value.shape[1:] == values[0].shape[1:] for value in values)
+
+
+def _jagged(name: str, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One jagged nested tensor [B, j, …] of rows [n, …]."""
+    if not _can_be_padded(rows):
+        odd = next((i for i, row in enumerate(rows) if not row.ndim or row.shape[1:] != rows[0].shape[1:]), 0)
+        raise _no_batch(
+            name,
+            f"sample 0 of the batch has shape {list(rows[0].shape)}, sample {odd} has {list(rows[odd].shape)}, and "
+            f"only the first dimension of a jagged tensor may differ: use ragged={{{name!r}: 'list'}}",
+        )
+    ends = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
+    return torch.nested.nested_tensor_from_jagged(torch.cat(list(rows)), ends)
+
+
+def _describe(value: Any) -> str:
+    if _is_tensor(value):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _no_batch(name: str, why: str) -> ShmloaderError:
+    return ShmloaderError(
+        f"Field {name!r} cannot be made a batch: {why}. Make it alike in all samples with `transform` or `process`, "
+        "leave it out, or give the DataLoader a collate_fn.",
+        field=name,
+    )

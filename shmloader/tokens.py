@@ -11,7 +11,6 @@ fork or handed over with spawn. Nobody ever waits for a slot: with none free a b
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -21,13 +20,13 @@ from multiprocessing.context import get_spawning_popen
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-import torch
 from torch.utils.data import get_worker_info
 
 import shmloader._native as native
 from shmloader.errors import StaleTokenError
+from shmloader.packed import pack, unpacked
 from shmloader.ring import JOIN_S, memory_limits
-from shmloader.views import Part, Sample, WorkerBatch, tensor_over
+from shmloader.views import JaggedPart, Part, Sample, WorkerBatch, tensor_in
 
 #: Slots that one worker may have at once: two batches queued (prefetch_factor), one being filled, two that the training
 #: loop holds, and one over.
@@ -227,33 +226,6 @@ os.register_at_fork(before=_have_own, after_in_child=_after_fork)
 # -- crossing the queue ------------------------------------------------------------------------------------
 
 
-def is_plain(value: Any) -> bool:
-    """Whether ``value`` is a tensor that is no more than its bytes."""
-    return (
-        type(value) is torch.Tensor
-        and value.device.type == "cpu"
-        and value.layout == torch.strided
-        and not (value.requires_grad or value.is_quantized)
-    )
-
-
-def _pack(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split into plain tensors, as (dtype, shape, bytes), and the rest."""
-    tensors, rest = {}, {}
-    for name, value in values.items():
-        if is_plain(value):
-            whole = value.resolve_conj().resolve_neg().contiguous().view(-1)
-            tensors[name] = (value.dtype, tuple(value.shape), whole.view(torch.uint8).numpy().tobytes())
-        else:
-            rest[name] = value
-    return tensors, rest
-
-
-def _unpack(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
-    # bytearray: the tensor may be written to, and has its bytes for itself.
-    return {name: tensor_over(bytearray(data), dtype, shape) for name, (dtype, shape, data) in tensors.items()}
-
-
 class InlineBatch(dict[str, Any]):
     """A batch in a worker for which there was no slot: private tensors, which cross the queue as bytes."""
 
@@ -277,12 +249,12 @@ def _reduce_batch(batch: WorkerBatch) -> tuple[Any, ...]:
         return _reduce_inline(dict(batch))
     if batch.lease.is_sent:
         raise _stale(batch.lease.slot)  # what lies in the slot now may be another batch
-    inline, rest = _pack(batch.extra())
+    inline, rest = pack(batch.extra())
     return _receive, (batch.names(), parts, inline, rest, _Token(batch.lease))
 
 
 def _reduce_inline(batch: dict[str, Any]) -> tuple[Any, ...]:
-    tensors, rest = _pack(batch)
+    tensors, rest = pack(batch)
     return _receive_inline, (list(batch), tensors, rest)
 
 
@@ -294,12 +266,16 @@ def _receive_inline(names: list[str], tensors: dict[str, Any], rest: dict[str, A
     ring = batch_ring()
     if ring is not None:
         ring.counters.inline += 1
-    found = {**_unpack(tensors), **rest}
+    found = {**unpacked(tensors), **rest}
     return {name: found[name] for name in names}
 
 
 def _receive(
-    names: list[str], parts: dict[str, Part], inline: dict[str, Any], rest: dict[str, Any], token: tuple[str, Slot, int]
+    names: list[str],
+    parts: dict[str, Part | JaggedPart],
+    inline: dict[str, Any],
+    rest: dict[str, Any],
+    token: tuple[str, Slot, int],
 ) -> dict[str, Any]:
     """Adopt a slot, once; in the training process (or its pin-memory thread), while the queue is unpickled.
 
@@ -314,11 +290,14 @@ def _receive(
     hold = Hold(ring, slot)
     # Held batches must not starve the worker: it cannot wait for a slot, since batches are delivered in order.
     is_copied = held[0] > limit // 2
-    found: dict[str, Any] = {**_unpack(inline), **rest}
-    for name, (offset, dtype, shape) in parts.items():
-        exporter = ring.mapping.view(slot[0] + offset, math.prod(shape) * dtype.itemsize, hold)
-        tensor = tensor_over(exporter, dtype, shape)
-        found[name] = tensor.clone() if is_copied else tensor
+    mapping = ring.mapping
+
+    def memory(offset: int, num_bytes: int) -> Any:
+        return mapping.view(slot[0] + offset, num_bytes, hold)
+
+    found: dict[str, Any] = {**unpacked(inline), **rest}
+    for name, part in parts.items():
+        found[name] = tensor_in(memory, part, is_copied)
     if is_copied:
         ring.counters.copied += 1
     else:

@@ -25,6 +25,7 @@ RANKS = [
     {"reader"},
     {"iteration"},
     {"views"},
+    {"packed"},
     {"tokens"},
     {"opening", "collate", "stats", "sampler", "seeding"},
     {"base_dataset"},
@@ -86,7 +87,7 @@ def test_readers_do_not_write(path):
     ("library", "homes"),
     [
         ("datasets", {"sources", "cli"}),
-        ("torch", {"views", "tokens", "opening", "collate", "sampler", "seeding", *DATASETS, "cli"}),
+        ("torch", {"views", "packed", "tokens", "opening", "collate", "sampler", "seeding", *DATASETS, "cli"}),
     ],
 )
 def test_heavy_libraries_are_imported_only_where_they_belong(library, homes):

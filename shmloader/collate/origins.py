@@ -26,8 +26,8 @@ class Origins:
         odd = next((row for row, sample in enumerate(samples) if not isinstance(sample, Mapping)), None)
         if odd is not None:
             raise ShmloaderError(
-                f"Sample {odd} of the batch is a {type(samples[odd]).__name__}, others are dicts: a wrapper must make the "
-                "same of every sample.",
+                f"Sample {odd} of the batch is a {type(samples[odd]).__name__}, others are dicts: a wrapper must make "
+                "the same of every sample.",
                 row=odd,
             )
         self.samples = samples

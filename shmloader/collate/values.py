@@ -15,8 +15,8 @@ from shmloader.collate.gather import presence_name, rounded
 from shmloader.collate.lengths import Lengths
 from shmloader.collate.origins import Origins
 from shmloader.errors import ShmloaderError
+from shmloader.packed import is_plain
 from shmloader.sample import Field
-from shmloader.tokens import is_plain
 from shmloader.views import torch_dtype
 
 #: torch's, by type of a sample's value: what a user may have registered his own types in.

@@ -64,7 +64,7 @@ def _collate(
         origins = Origins(samples, face, lengths)
         faces, names = origins.known, origins.names
     if lengths.modes:
-        lengths.check(dict.fromkeys(names))
+        lengths.check(names)
     gathering = Gathering.of(lots, touched, names, lengths)
     gathered = gathering.names
     batch: dict[str, Any] = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from shmloader.errors import OptionError
 from shmloader.keys import Face
@@ -52,13 +53,19 @@ class Lengths:
         """``face`` with the padded lengths that are asked for."""
         return face if self.multiple_of is None else _rounded(face, self.multiple_of)
 
-    def check(self, names: Mapping[str, object]) -> None:
-        """Raises an OptionError if a mode was asked for a field that a batch of ``names`` does not have."""
-        for name, _ in self.modes:
-            if name not in names:
-                have = ", ".join(map(str, names))
+    def check(self, names: Iterable[Any], within: str = "") -> None:
+        """Raises an OptionError if a mode was asked for what the samples of a batch do not have.
+
+        names: what they have; of the dict that is a sample's field, with ``within`` = "field.".
+        """
+        have = list(names)
+        for asked, _ in self.modes:
+            name = asked.removeprefix(within)
+            if asked.startswith(within) and name not in have and name.partition(".")[0] not in have:
                 raise _error(
-                    dict(self.modes), f"ragged= names {name!r}, which no sample of a batch has: they have {have}"
+                    dict(self.modes),
+                    f"ragged= names {asked!r}, which no sample of a batch has: there are "
+                    f"{', '.join(f'{within}{name}' for name in have)}",
                 )
 
 

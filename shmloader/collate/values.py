@@ -142,6 +142,7 @@ class Values:
             if value.keys() != values[0].keys():
                 odd = ", ".join(sorted(map(str, value.keys() ^ values[0].keys())))
                 raise _no_batch(name, f"its dict of sample {row} of the batch differs from sample 0's in {odd}")
+        self._lengths.check(values[0], within=f"{name}.")
         inner: dict[Any, Any] = {}
         for key in values[0]:
             path = f"{name}.{key}"

@@ -208,9 +208,12 @@ def test_two_datasets_of_one_schema_share_a_batch(
 
 
 @WORKERS
-def test_two_datasets_of_different_schemas_cannot_share_a_batch(texts: Any, images: Any, num_workers: int) -> None:
+def test_two_datasets_that_mean_different_things_by_a_name_cannot_share_a_batch(
+    texts: Any, images: Any, num_workers: int
+) -> None:
+    """Labels that are tokens, and classes."""
     both = ConcatDataset([torch.utils.data.Subset(texts, [0]), images])
-    with pytest.raises(ShmloaderError, match=r"different fields.* in image, text"):
+    with pytest.raises(ShmloaderError, match=r"Field 'labels' cannot be made a batch.* another name: keys="):
         first_batch(both, num_workers)
 
 

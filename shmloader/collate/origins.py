@@ -16,7 +16,8 @@ class Origins:
 
     A `Sample` knows its dataset; a plain dict is of the one that its ``source`` names, else of ``bound``.
 
-    names: the fields of the batch.
+    datasets: of each sample its face, or the dataset's name where only that is known, or None. faces: the faces alone.
+    known: the faces there are, the one that is bound last. names: the fields of the batch.
 
     Raises:
         ShmloaderError: the samples have different fields, and no schema says that they may.
@@ -35,11 +36,10 @@ class Origins:
         known = dict.fromkeys(face for face in (*found, bound and lengths.of(bound)) if face is not None)
         # Who is meant where nothing tells: the dataset whose `collate` this is.
         fallback = None if bound is None else lengths.of(bound)
-        self._of: list[Face | str | None] = [
+        self.datasets: list[Face | str | None] = [
             face or _named(sample, known, fallback) for face, sample in zip(found, samples, strict=True)
         ]
-        self.faces = [of if isinstance(of, Face) else None for of in self._of]
-        #: Those that are in the batch, the one that is bound last.
+        self.faces = [of if isinstance(of, Face) else None for of in self.datasets]
         self.known = tuple(known)
         self.names = self._names()
 
@@ -64,10 +64,10 @@ class Origins:
     def _wrongly_lacking(self, keys: Sequence[Sequence[str]], union: Mapping[str, None]) -> set[str]:
         """The fields that some sample lacks which has to have them."""
         had: dict[Face | str | None, set[str]] = {}
-        for of, names in zip(self._of, keys, strict=True):
+        for of, names in zip(self.datasets, keys, strict=True):
             had.setdefault(of, set()).update(names)
         wrong: set[str] = set()
-        for of, face, names in zip(self._of, self.faces, keys, strict=True):
+        for of, face, names in zip(self.datasets, self.faces, keys, strict=True):
             optional = frozenset[str]() if face is None else face.optional
             for name in union.keys() - set(names) - optional:
                 is_of_others = name not in had[of] and (of is not None if face is None else name not in face.index)

@@ -78,7 +78,7 @@ class Values:
             raise _no_batch(name, f"sample {odd} of the batch has {_describe(values[odd])}, others have tensors")
         if any(value.is_nested for value in present):
             return {name: [None if value is _LACKING else value for value in values]}
-        _check_dtypes(name, values, fields)
+        _check_dtypes(name, values, self._origins.datasets)
         blank = _blank(fields, present)
         if mode == "nested":
             return {name: _jagged(name, [blank[:0] if v is _LACKING else _number(v) for v in values])}
@@ -168,13 +168,10 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _check_dtypes(name: str, values: Sequence[Any], fields: Sequence[Field | None]) -> None:
+def _check_dtypes(name: str, values: Sequence[Any], origins: Sequence[object]) -> None:
     """Not uint8 images of one dataset beside another's normalised ones: the numbers do not mean the same."""
-    kinds = {
-        field: value.is_floating_point()
-        for value, field in zip(values, fields, strict=True)
-        if field and _is_tensor(value)
-    }
+    of_tensors = zip(values, origins, strict=True)
+    kinds = {of: value.is_floating_point() for value, of in of_tensors if of is not None and _is_tensor(value)}
     if len(set(kinds.values())) > 1:
         raise _no_batch(
             name,

@@ -99,19 +99,27 @@ class SharedDataset:
         return collate_as(self._reader.face(), PADDED, samples)
 
     def collate_with(
-        self, *, pad_to_multiple_of: int | None = None, ragged: Mapping[str, str] | None = None
+        self,
+        *,
+        pad_to_multiple_of: int | Mapping[str, int] | None = None,
+        ragged: Mapping[str, str] | None = None,
     ) -> Callable[[Sequence[Any]], Any]:
         """A `collate` that lays values of different lengths side by side in another way.
 
-        pad_to_multiple_of: padded lengths are rounded up to a multiple of this; None: as the config says.
+        pad_to_multiple_of: the padded length of tokens (what has an ``attention_mask``, and their labels) is rounded up
+            to a multiple of this; a dict: of these fields; None: as the config says.
         ragged: field → "pad": filled up to the longest, also if a wrapper has added the field (with 0); "nested": a
             jagged ``torch.nested`` tensor [B, j, …]; "list": each sample's value as it is, whatever it is, None where
             it is lacking. Only "pad" makes an ``attention_mask``. Of what is in a dict: "field.key".
 
         Raises:
-            OptionError: a bad argument; from the batch: no sample has a field that ``ragged`` names.
+            OptionError: a bad argument, or there is nothing that it is for. What that depends on samples is raised from
+                the batch: that none of them has a field that ``ragged`` names.
         """
-        return partial(self._collate, Lengths.parse(pad_to_multiple_of, ragged))
+        lengths = Lengths.parse(pad_to_multiple_of, ragged)
+        if (face := self._reader.face()) is not None:
+            lengths.check_multiples(face)
+        return partial(self._collate, lengths)
 
     def _collate(self, lengths: Lengths, samples: Sequence[Any]) -> Any:
         return collate_as(self._reader.face(), lengths, samples)

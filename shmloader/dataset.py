@@ -38,6 +38,9 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             place of the built-in decoding: takes the row as a dict
             (images as ``{"bytes", "path"}``), returns a dict of arrays, tensors, numbers or strings; cached.
         columns: which columns to use, as {"text" | "image" | "labels": column}; None: recognise them.
+        keys: the names of fields in samples, batches and what ``transform`` gets. "shmloader": as below. "hf": those of
+            transformers' models (``input_ids``, ``attention_mask``, ``pixel_values``, ``input_values``, ``labels``)
+            and nothing else. A dict: {name: new name, or None to drop it}, masks included; the others keep theirs.
         load: passed on to ``datasets`` (name, revision, token, data_files, …).
         options: settings; None: those of the environment (``SHMLOADER_*``).
         writable: ``dataset[i]`` gives private copies in place of read-only views.
@@ -45,7 +48,9 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
 
     A sample is a dict: ``text`` int64 [L], ``image`` [3, V, V] (dtype by the config), ``labels`` int64 (a class,
     or [L] tokens), ``task_type``, ``source``; what the dataset lacks is absent. A batch has tensors [B, …], with
-    ``attention_mask`` beside ``text``.
+    ``attention_mask`` int64 [B, L] beside ``text``. What only some of a dataset's samples have is absent in the others;
+    each batch has zeros in its place, and ``image_mask`` (so for ``audio``), bool [B], that tells. So has a batch with
+    samples of several datasets (ConcatDataset) for what the samples of one of them lack.
 
     Raises:
         DatasetNotFoundError, SplitNotFoundError, EmptyDatasetError, ColumnError: at once.

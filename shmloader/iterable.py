@@ -36,7 +36,7 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
     DataLoader workers, or processes, for that.
 
     Args:
-        config, tokenizer, split, dataset_name, transform, process, columns, load, options, writable, seed:
+        config, tokenizer, split, dataset_name, transform, process, columns, keys, load, options, writable, seed:
             as of `ShmMultimodalDataset`. A ``transform`` is seeded by (seed, epoch, position); the epoch is what
             `set_epoch` said before the iteration began, else 0.
         max_samples: end after so many, over all workers; None: at the end.

@@ -31,8 +31,9 @@ _ALLOWED = (*STYLES, "a dict of field → new name, or None to drop it")
 class Face:
     """A schema as its user sees it.
 
-    fields: at the schema's indices, under their new names; ``mask`` is None where the batch is to have none.
+    fields: at the schema's indices, under their new names (`masks` has those of their masks).
     is_shown: of each field, whether samples and batches have it.
+    masks: of each field, the name of the batch's int64 [B, L] that is 1 where it holds a value; None: there is none.
     presences: of each field, the name of the bool [B] that tells which samples of a batch have it, where not all do;
         None: there is to be none.
     strings: what all samples have alike, as (name, value): their ``task_type`` and ``source``, as far as shown.
@@ -42,6 +43,7 @@ class Face:
 
     fields: tuple[Field, ...]
     is_shown: tuple[bool, ...]
+    masks: tuple[str | None, ...]
     presences: tuple[str | None, ...]
     strings: tuple[tuple[str, str], ...]
     source: str
@@ -54,7 +56,7 @@ class Face:
     @cached_property
     def _hash(self) -> int:
         # Every batch looks into caches by it.
-        return hash((self.fields, self.is_shown, self.presences, self.strings, self.source, self.is_strict))
+        return hash((self.fields, self.is_shown, self.masks, self.presences, self.strings, self.is_strict))
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -94,13 +96,22 @@ class Face:
         index = self.index.get(name)
         return None if index is None else self.fields[index]
 
+    def mask(self, name: str) -> str | None:
+        """The name of the mask of the field ``name``; None: there is none."""
+        return self.masks[self.index[name]]
+
     def presence(self, name: str) -> str | None:
         """The name of the batch's bool [B] that tells which samples have the field ``name``; None: there is none."""
         return self.presences[self.index[name]]
 
-    def rounded(self, multiple_of: int) -> Face:
-        """The same, but padded lengths are rounded up to a multiple of ``multiple_of``."""
-        return replace(self, fields=tuple(replace(field, multiple_of=multiple_of) for field in self.fields))
+    def rounded(self, multiples: Mapping[str, int]) -> Face:
+        """The same, but the padded lengths of these fields are rounded up to multiples of these."""
+        return replace(
+            self,
+            fields=tuple(
+                replace(field, multiple_of=multiples.get(field.name, field.multiple_of)) for field in self.fields
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -143,16 +154,17 @@ class Keys:
         if not self.is_all:
             _check_known(given, schema)
         names = [self._new_name(field.name) for field in schema.fields]
-        fields, presences = [], []
+        fields, masks, presences = [], [], []
         for field, name in zip(schema.fields, names, strict=True):
-            mask = None if name is None or field.mask is None else given.get(field.mask, field.mask)
+            masks.append(None if name is None or field.mask is None else given.get(field.mask, field.mask))
             presence = None if name is None or self.is_all else f"{name}_mask"
             presences.append(given.get(f"{field.name}_mask", presence))
-            fields.append(replace(field, name=name or field.name, mask=mask))
+            fields.append(replace(field, name=name or field.name))
         strings = [(self._new_name(n), v) for n, v in (("task_type", schema.task_type), ("source", schema.sources[0]))]
         face = Face(
             fields=tuple(fields),
             is_shown=tuple(name is not None for name in names),
+            masks=tuple(masks),
             presences=tuple(presences),
             strings=tuple((name, value) for name, value in strings if name is not None),
             source=schema.sources[0],
@@ -188,7 +200,7 @@ def _check_names(given: Mapping[str, str | None], face: Face) -> None:
         names = ", ".join(field.name for field in face.fields)
         raise _error(given, f"keys= leaves no field of the dataset, which has {names}")
     shown = [i for i, is_shown in enumerate(face.is_shown) if is_shown]
-    masks = [face.fields[i].mask for i in shown]
+    masks = [face.masks[i] for i in shown]
     presences = [face.presences[i] for i in shown if face.fields[i].optional]
     count = Counter([*(face.fields[i].name for i in shown), *(name for name, _ in face.strings)])
     # A field takes the place of a mask of the same name, as one that `process` or `transform` makes does, unless the

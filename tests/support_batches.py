@@ -75,6 +75,10 @@ class Records(Dataset[Any]):
         self._owner = self._ring.slot, self._ring.gen
         self._attachment = Attachment(self._ring, self.face)
 
+    def renamed(self, keys: Any) -> Records:
+        """The same records under other names."""
+        return Records(self.files, self.schema, keys, self.num_rows)
+
     def __len__(self) -> int:
         return self.num_rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import sys
 from collections.abc import Iterator
@@ -167,7 +168,7 @@ def test_hf_keys_cannot_tell_which_samples_of_several_datasets_have_what() -> No
     with three((image(optional=False),), "a", "hf") as first, three((audio(),), "b", "hf") as second:
         for change in (lambda s, i: s, looked_into):
             samples = [change(s, 0) or s for s in (first[0], second[0])]
-            with pytest.raises(ShmloaderError, match="lacks '(pixel|input)_values', and with keys='hf' no "):
+            with pytest.raises(ShmloaderError, match=r"lacks '(pixel|input)_values', and with keys='hf' no "):
                 default_collate(samples)
 
 
@@ -328,3 +329,26 @@ def test_tensors_within_lists_and_dicts_need_no_files_in_dev_shm(vision: Any) ->
     assert batch["nested"]["x"].tolist() == [[1, 1]] * 2
     assert batch["nested"]["y"][1] == ("s", "s")  # as torch makes it
     assert not any(t.is_shared() for t in (*batch["boxes"], batch["nested"]["x"], batch["nested"]["y"][0]))
+
+
+# -- every way gives the same batch ------------------------------------------------------------------------
+
+CHANGES = {"untouched": lambda s, i: s, "touched": lambda s, i: len(s) and s, "copied": lambda s, i: copy.copy(s)}
+CHANGES |= {"dict": as_dict, "labelled": lambda s, i: s.update(labels=s["labels"].clone()) or s}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_mix_of_ways_gives_the_same_batch(vision: Any, sound: Any, seed: int) -> None:
+    """Gathered or by value; samples of one or two datasets, with and without what is optional."""
+    random = np.random.default_rng(seed)
+    fields = (*tokens(multiple_of=4), image(), audio(optional=True))
+    lacking = [[name for name in ("image", "audio") if random.integers(2)] for _ in range(6)]
+    with records(fields, [row(i, fields, lacking[i]) for i in range(6)], name="pairs") as pairs:
+        others = [pairs, Records.renamed(vision, {"labels": "class"}), Records.renamed(sound, {"labels": "class"})]
+        others = [others[i] for i in random.permutation(3)[: 1 + seed % 3]]
+        picks = [(others[int(random.integers(len(others)))], int(random.integers(3))) for _ in range(5)]
+        expected = collate_as(pairs.face, PADDED, [dataset[i] for dataset, i in picks])
+        for _ in range(4):
+            ways = [str(way) for way in random.choice(list(CHANGES)[: 5 if others == [pairs] else 4], len(picks))]
+            samples = [CHANGES[way](dataset[i], i) for way, (dataset, i) in zip(ways, picks, strict=True)]
+            assert_same(collate_as(pairs.face, PADDED, samples), expected)

@@ -247,13 +247,40 @@ def test_values_that_are_nested_already_come_as_a_list(texts: Any) -> None:
     assert [len(x.unbind()) for x in batch["x"]] == [2, 2]
 
 
+def process(row: dict[str, Any]) -> dict[str, Any]:
+    """Tokens that have no mask of ours, and a picture, whose channels are not to be rounded up."""
+    n = row["x"] % 4 + 1
+    return {"input_ids": np.arange(n), "pixels": np.zeros((3, 2, 2), np.float32), "labels": np.arange(n)}
+
+
+def test_only_tokens_and_named_fields_are_rounded_up(rows_path: str, make_dataset: Any) -> None:
+    dataset = make_dataset(rows_path, process=process)
+    samples = [dataset[i] for i in range(3)]
+    batch = dataset.collate_with(pad_to_multiple_of=8)(samples)
+    assert [batch[name].shape[1] for name in ("input_ids", "pixels", "labels")] == [3, 3, 8]
+    function = dataset.collate_with(pad_to_multiple_of={"input_ids": 4, "boxes": 5}, ragged={"boxes": "pad"})
+    batch = function([{**sample, "boxes": torch.ones(1)} for sample in samples])
+    assert [batch[name].shape[1] for name in ("input_ids", "pixels", "labels", "boxes")] == [4, 3, 3, 5]
+
+
 # -- bad arguments -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("multiple", [0, -8, 1.5, True, "8"])
+@pytest.mark.parametrize("multiple", [0, -8, 1.5, True, "8", {"text": 0}])
 def test_multiple_must_be_a_whole_number_from_1_up(texts: Any, multiple: Any) -> None:
     with pytest.raises(OptionError, match="pad_to_multiple_of"):
         texts.collate_with(pad_to_multiple_of=multiple)
+
+
+def test_multiple_of_what_is_not_padded_is_an_error(texts: Any, images_path: str, make_dataset: Any) -> None:
+    with pytest.raises(OptionError, match=r"names 'source', which is not padded\. The dataset has text, labels"):
+        texts.collate_with(pad_to_multiple_of={"source": 8})
+    with pytest.raises(OptionError, match=r"names 'boxes', which is not padded.*ragged=\{'boxes': 'pad'\}"):
+        texts.collate_with(pad_to_multiple_of={"boxes": 8})
+    with pytest.raises(OptionError, match="names 'text', which is not padded"):
+        texts.collate_with(pad_to_multiple_of={"text": 8}, ragged={"text": "nested"})
+    with pytest.raises(OptionError, match="of all tokens was asked for, but the dataset has none, only image, labels"):
+        make_dataset(images_path).collate_with(pad_to_multiple_of=8)
 
 
 @pytest.mark.parametrize("asked", ["nested", {"text": "jagged"}, {"text": None}, [("text", "pad")]])

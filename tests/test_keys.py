@@ -63,10 +63,10 @@ def test_names_may_be_swapped() -> None:
 def test_masks_follow_their_fields_unless_named() -> None:
     face = Keys.parse({"image": "pixels", "attention_mask": "mask"}).face(ALL)
     assert face.presence("pixels") == "pixels_mask"
-    assert face.fields[face.index["text"]].mask == "mask"
+    assert face.mask("text") == "mask"
     face = Keys.parse({"image_mask": "has_image", "text": "ids"}).face(ALL)
     assert face.presence("image") == "has_image"
-    assert face.fields[face.index["ids"]].mask == "attention_mask"
+    assert face.mask("ids") == "attention_mask"
 
 
 @pytest.mark.parametrize(

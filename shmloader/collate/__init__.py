@@ -43,6 +43,8 @@ def collate_as(face: Face | None, lengths: Lengths, batch: Sequence[Any]) -> Any
     Raises:
         As `collate`; OptionError: ``lengths`` name a field that no sample has.
     """
+    if face is not None:
+        lengths.check_multiples(face)
 
     def function(samples: Sequence[dict[str, Any]], *, collate_fn_map: Any = None) -> dict[str, Any]:
         # What lies in a sample is none, so torch's own functions are for that.
@@ -98,7 +100,7 @@ def _order(names: tuple[str, ...], faces: tuple[Face, ...]) -> tuple[str, ...]:
     order: list[str | None] = []
     for name in names:
         of_field = [face for face in faces if name in face.index]
-        masks = [face.fields[face.index[name]].mask for face in of_field]
+        masks = [face.mask(name) for face in of_field]
         presences = [face.presence(name) for face in of_field] or [f"{name}_mask"]
         order += [name, *masks, *presences]
     return tuple(dict.fromkeys(name for name in order if name is not None))

@@ -188,12 +188,13 @@ def _outputs(
         in_lots = [of_lot[index] for (_, index), of_lot in zip(at, places, strict=True) if index is not None]
         shape = _common_place(have, in_lots)
         dtypes = {_dtype(field) for field in have}
-        if shape is None or len(dtypes) > 1 or len({field.mask for field in have}) > 1:
+        masks = {face.masks[index] for face, index in at if index is not None}
+        if shape is None or len(dtypes) > 1 or len(masks) > 1:
             continue
         indices = [index for _, index in at]
         ops = _ops(native.COPY, indices, fields, shape)
         outputs.append(Output(name, dtypes.pop(), shape, ops, _fill_of(have[0])))
-        if (mask := have[0].mask) is not None and mask not in names:
+        if (mask := masks.pop()) is not None and mask not in names:
             outputs.append(Output(mask, torch.int64, shape[:1], _ops(native.MASK, indices, fields, shape[:1]), 0))
         presence = presence_name(faces, name, is_lacking=len(have) < len(faces))
         if presence is not None and presence not in names:

@@ -17,7 +17,7 @@ class Origins:
     A `Sample` knows its dataset; a plain dict is of the one that its ``source`` names, else of ``bound``.
 
     datasets: of each sample its face, or the dataset's name where only that is known, or None. faces: the faces alone.
-    known: the faces there are, the one that is bound last. names: the fields of the batch.
+    in_batch: the faces there are. known: these, and ``bound``. names: the fields of the batch.
 
     Raises:
         ShmloaderError: the samples have different fields, and no schema says that they may.
@@ -33,14 +33,15 @@ class Origins:
             )
         self.samples = samples
         found = [_face(sample, lengths) for sample in samples]
-        known = dict.fromkeys(face for face in (*found, bound and lengths.of(bound)) if face is not None)
         # Who is meant where nothing tells: the dataset whose `collate` this is.
         fallback = None if bound is None else lengths.of(bound)
+        candidates = dict.fromkeys(face for face in (*found, fallback) if face is not None)
         self.datasets: list[Face | str | None] = [
-            face or _named(sample, known, fallback) for face, sample in zip(found, samples, strict=True)
+            face or _named(sample, candidates, fallback) for face, sample in zip(found, samples, strict=True)
         ]
         self.faces = [of if isinstance(of, Face) else None for of in self.datasets]
-        self.known = tuple(known)
+        self.in_batch = tuple(dict.fromkeys(face for face in self.faces if face is not None))
+        self.known = tuple(dict.fromkeys((*self.in_batch, *candidates)))
         self.names = self._names()
 
     def _names(self) -> tuple[str, ...]:

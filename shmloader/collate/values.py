@@ -51,7 +51,9 @@ class Values:
         field = next((field for field in fields if field is not None), None)
         values = [_as_tensor(sample.get(name, _LACKING)) for sample in origins.samples]
         present = [value for value in values if value is not _LACKING]
-        presence = presence_name(origins.known, name, len(present) < len(values))
+        if len(present) < len(values) and all(isinstance(value, np.generic) for value in present):
+            values = [value if value is _LACKING else _number(value) for value in values]
+        presence = presence_name(origins.in_batch, name, len(present) < len(values))
         mode = self._lengths.mode(name, field)
         batch: dict[str, Any]
         if mode == "list":
@@ -103,7 +105,7 @@ class Values:
         """Rows filled up to the longest, each with what its dataset pads with; and the mask of what is not filled."""
         longest = max(len(row) for row in rows)
         known = [field for field in fields if field is not None]
-        multiple = math.lcm(*(rounded(field, 1) for field in known)) if known else self._lengths.multiple_of or 1
+        multiple = math.lcm(*(rounded(field, 1) for field in known)) if known else self._lengths.multiple(name)
         longest = -(-longest // multiple) * multiple
         dtype = functools.reduce(torch.promote_types, (row.dtype for row in rows))
         whole = torch.empty((len(rows), longest, *rows[0].shape[1:]), dtype=dtype)
@@ -111,7 +113,7 @@ class Values:
             place[: len(row)] = row
             place[len(row) :] = 0 if field is None or field.pad is None else field.pad
         batch = {name: whole}
-        mask = known[0].mask if known else None
+        mask = next((face.mask(name) for face in self._origins.known if name in face.index), None)
         if mask is not None and mask not in self._origins.names:
             lengths = torch.tensor([len(row) for row in rows])
             batch[mask] = (torch.arange(longest) < lengths[:, None]).to(torch.int64)
@@ -125,9 +127,10 @@ class Values:
         if not present or all(isinstance(value, str | bytes) for value in present):
             return [None if value is _LACKING else value for value in values]
         if len(present) < len(values):
-            if not all(isinstance(value, bool | int | float) for value in present):
+            if not all(isinstance(value, int | float) for value in present):
                 raise _no_batch(name, f"samples that have {_describe(present[0])} are in a batch with samples without")
-            values = [type(present[0])(0) if value is _LACKING else value for value in values]
+            zero = 0.0 if isinstance(present[0], float) else 0
+            values = [zero if value is _LACKING else value for value in values]
         if all(type(value) is dict for value in values):
             return self._dicts(name, values)
         try:
@@ -175,7 +178,8 @@ def _check_dtypes(name: str, values: Sequence[Any], origins: Sequence[object]) -
     if len(set(kinds.values())) > 1:
         raise _no_batch(
             name,
-            "the datasets in the batch have it as floats and as whole numbers. Give them the same config (image_dtype)",
+            "the datasets in the batch have it as floats and as whole numbers. Give them the same config "
+            f"(image_dtype), or another name: keys={{{name!r}: …}}",
         )
 
 

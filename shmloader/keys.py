@@ -153,7 +153,8 @@ class Keys:
         given = dict(self.given)
         if not self.is_all:
             _check_known(given, schema)
-        names = [self._new_name(field.name) for field in schema.fields]
+        # A `process` may give text as it is, which is no `input_ids`.
+        names = [None if self.is_all and field.is_text else self._new_name(field.name) for field in schema.fields]
         fields, masks, presences = [], [], []
         for field, name in zip(schema.fields, names, strict=True):
             masks.append(None if name is None or field.mask is None else given.get(field.mask, field.mask))

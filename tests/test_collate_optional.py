@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from shmloader import ShmloaderError
 from shmloader.collate import PADDED, Lengths, collate_as
 from shmloader.sample import Field
+from shmloader.views import Sample
 
 NUM = 8
 #: Rows 1, 2, 3 and 6 have no image.
@@ -64,6 +65,19 @@ def test_batch_has_zeros_and_a_mask_for_what_samples_lack(pairs: Any, rows: list
 
 def test_absent_samples_of_several_look_ups(pairs: Any) -> None:
     assert_pairs(default_collate([pairs[i] for i in (1, 0, 6, 4)]), [1, 0, 6, 4])
+
+
+def test_absent_samples_in_several_memories(pairs: Any) -> None:
+    """As of a guest, which has copies: those of one memory all lack it, and their least and largest shape is none."""
+    elsewhere = pairs.renamed({})._ring.get_many([0, 4], 30)
+    others = [Sample.over(pairs._attachment, elsewhere, i) for i in range(2)]
+    here = pairs.__getitems__([1, 2])
+    assert_pairs(default_collate([here[0], others[0], here[1], others[1]]), [1, 0, 2, 4])
+    boxes = Field("boxes", "float32", (None, 4), pad=0, optional=True)
+    fields = (Field("x", "int64", ()), boxes)
+    with records(fields, [row(2, fields), row(1, fields, ["boxes"])]) as made:
+        far = Sample.over(made._attachment, made.renamed({})._ring.get_many([1], 30), 0)
+        assert default_collate([made[0], far])["boxes"].shape == (2, 3, 4)
 
 
 def test_uint8_images_that_lack_are_zeros() -> None:

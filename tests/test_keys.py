@@ -42,8 +42,13 @@ def test_hf_gives_the_names_of_transformers_models_and_nothing_else() -> None:
 
 
 def test_hf_drops_what_a_process_made_beside_them() -> None:
-    fields = (Field("text", "int64", (None,), pad=0), Field("word", "uint8", (None,), is_text=True))
+    fields = (Field("text", "int64", (None,), pad=0), Field("word", "int64", (None,), pad=0))
     assert names_of("hf", Schema(fields, "text", ("set",))) == ("input_ids",)
+
+
+def test_hf_drops_text_that_is_no_tokens() -> None:
+    fields = (Field("text", "uint8", (None,), is_text=True), Field("labels", "int64", ()))
+    assert names_of("hf", Schema(fields, "text", ("set",))) == ("labels",)
 
 
 def test_hf_keeps_what_a_process_named_so_itself() -> None:

@@ -172,4 +172,6 @@ def _resampled(frames: Samples, rate: int, sample_rate: int, num_samples: int | 
             mono = soxr.resample(mono, rate, sample_rate)
         except (ValueError, RuntimeError) as error:
             raise DecodeError(f"the audio cannot be resampled from {rate} Hz: {error}", rate=rate) from error
+        if not len(mono):
+            raise DecodeError(f"the audio has no samples: at {rate} Hz it lasts less than one at {sample_rate} Hz")
     return mono[:num_samples]

@@ -157,6 +157,7 @@ def _decode_by_pillow(data: Encoded) -> tuple[Pixels, int]:
             if image.mode.startswith("I;16"):  # convert() would clip it to white
                 grey = (np.asarray(image) >> 8).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2), orientation
+            image.info.pop("transparency", None)  # dropped in any case; of a palette's, convert() would warn
             return np.asarray(image.convert("RGB")), orientation
     except DecodeError:
         raise

@@ -16,8 +16,8 @@ from PIL import Image
 from shmloader.processors.encoded import Encoded
 
 _ORIENTATION_TAG = 0x0112
-_TYPES = {1: "B", 3: "H", 4: "I"}
-"""What a number in EXIF may be stored as: BYTE, SHORT, LONG."""
+_TYPES = {3: "H", 4: "I"}
+"""What it may be stored as: SHORT, as it should, or LONG."""
 
 _EXIF_START = b"Exif\x00\x00"
 _XMP_START = b"http://ns.adobe.com/xap/1.0/\x00"

@@ -113,6 +113,8 @@ def _frames(
     sound: soundfile.SoundFile, needed: int | None, tells_frames: bool
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """The first ``needed`` frames; all of them if there are fewer and the header tells no more."""
+    if sound.seekable():
+        sound.seek(0)  # as soundfile.read does: an MP3's decoder begins anew, and differs by a last bit else
     told: int = sound.frames
     wanted = told if needed is None else min(told, needed)
     block = max(1, _BLOCK_VALUES // sound.channels)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from shmloader.dataset import ShmMultimodalDataset
     from shmloader.iterable import ShmMultimodalIterableDataset
     from shmloader.options import Options
+    from shmloader.processors.audio import decode_audio
     from shmloader.processors.image import decode_image
     from shmloader.stats import Stats
 
@@ -34,6 +35,7 @@ __all__ = [
     "ShmloaderError",
     "Stats",
     "__version__",
+    "decode_audio",
     "decode_image",
 ]
 
@@ -43,6 +45,7 @@ _HOMES = {
     "ShmMultimodalDataset": "shmloader.dataset",
     "ShmMultimodalIterableDataset": "shmloader.iterable",
     "Stats": "shmloader.stats",
+    "decode_audio": "shmloader.processors.audio",
     "decode_image": "shmloader.processors.image",
 }
 

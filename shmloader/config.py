@@ -11,7 +11,7 @@ class MultimodalConfig:
 
     vocab_size: token ids must be below it; None: not checked.
     vision_dim: images are [3, vision_dim, vision_dim].
-    max_audio_length: of an audio clip, in samples at 16 kHz; for audio, which is not read yet.
+    max_audio_length: samples of an audio clip at 16 kHz: a longer one is cut, a shorter one followed by zeros.
     max_text_length: longer token sequences are cut.
     pad_to_multiple_of: the length of padded tokens in a batch is rounded up to a multiple of this; None: it is not.
     image_dtype: "float32", normalised by ImageNet's mean and deviation (stored as uint8, converted as a batch is

@@ -122,11 +122,11 @@ class Schema:
         return _align(_HEADER.size + len(self.fields) * _ENTRY.size)
 
     def record_bytes(self) -> int | None:
-        """Size of every record in bytes, or None where a field's shape differs from sample to sample."""
+        """Size of every record in bytes, or None where a field's shape differs, or the field may be absent."""
         shapes: dict[str, tuple[int, ...]] = {}
         for field in self.fields:
             known = tuple(n for n in field.shape if n is not None)
-            if len(known) != len(field.shape):
+            if field.optional or len(known) != len(field.shape):
                 return None
             shapes[field.name] = known
         return RecordLayout(self, shapes).num_bytes

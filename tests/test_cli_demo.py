@@ -213,7 +213,7 @@ def test_order_has_every_row_once_and_differs_by_epoch() -> None:
 def test_missing_fields_and_wrong_shapes_are_told() -> None:
     """A batch that lacks a field, and one of another dtype, are differences, not errors."""
     rows = _Rows([{"text": "ab"}, {"text": "abc"}])
-    plain = PlainDataset(rows, SimpleNamespace(text="text", image=None, labels=None), PlainConfig())
+    plain = PlainDataset(rows, SimpleNamespace(text="text", image=None, audio=None, labels=None), PlainConfig())
     right = collate_plain([plain[0], plain[1]])
     assert right["labels"].tolist() == [[97, 98, -100], [97, 98, 99]]
     assert set(right) == plain.fields
@@ -256,3 +256,18 @@ def test_words_are_honest_about_a_slower_loader(stand_in: type[StandIn], folders
     outcome.plain_epochs[1] = type(outcome.epochs[1])(40, 1.0, 1.0)
     assert "0.5 times" in words([outcome])
     assert "costs too little" in words([outcome])
+
+
+def test_clips_and_conversations_are_decoded_directly() -> None:
+    """What `shmloader` makes of them, made in another way."""
+    from test_processors_audio import encoded, sound
+
+    from shmloader import decode_audio
+
+    clip = encoded(sound(0.2, 8000, 2), 8000)
+    turns = [{"role": "user", "content": "hi"}, {"from": "gpt", "value": "yo"}]
+    rows = _Rows([{"clip": {"bytes": clip, "path": None}, "turns": turns}])
+    columns = SimpleNamespace(text="turns", image=None, audio="clip", labels=None)
+    sample = PlainDataset(rows, columns, PlainConfig(max_audio_length=5000))[0]
+    assert sample["audio"].tolist() == decode_audio(clip, num_samples=5000).tolist()
+    assert bytes(sample["text"].tolist()) == b"user: hi\nassistant: yo"

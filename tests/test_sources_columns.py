@@ -10,7 +10,10 @@ from datasets import Audio, ClassLabel, Features, Image, List, Value
 from shmloader.errors import ColumnError
 from shmloader.sources.columns import choose_columns
 
-STRING, INT = Value("string"), Value("int64")
+STRING, INT, BYTES = Value("string"), Value("int64"), Value("binary")
+CHAT = List({"role": STRING, "content": STRING})
+SHAREGPT = List({"from": STRING, "value": STRING})
+DECODED = {"array": List(Value("float32")), "sampling_rate": INT}
 
 
 def chosen(features: dict[str, object], columns: dict[str, str] | None = None) -> tuple[str | None, ...]:
@@ -73,7 +76,9 @@ def test_classlabel_named_label_wins_over_other_classlabels():
         {"image": Image(), "fine": ClassLabel(names=["a"]), "coarse": ClassLabel(names=["a"])},
         {"a": STRING, "b": STRING},
         {"n": INT, "m": INT},
-        {"words": List(STRING)},
+        {"words": List(STRING), "tags": List(STRING)},
+        {"one": Audio(), "other": Audio()},
+        {"chosen": CHAT, "rejected": CHAT},
     ],
 )
 def test_ambiguous_or_unusable_columns_are_an_error_that_lists_them_and_the_remedy(features):
@@ -93,16 +98,89 @@ def test_ambiguity_shows_a_columns_argument_that_works():
     assert chosen(features, {"image": "left", "labels": "label"}) == (None, "left", "label")
 
 
-def test_audio_without_text_or_image_says_that_audio_is_not_supported_yet():
-    with pytest.raises(ColumnError, match="audio columns are not supported yet"):
-        chosen({"audio": Audio(), "label": ClassLabel(names=["a"]), "speaker": STRING, "path": STRING})
+def roles(features: dict[str, object], columns: dict[str, object] | None = None) -> dict[str, object]:
+    found, _, _ = choose_columns(Features(features), columns, dataset="d")
+    return {role: value for role, value in vars(found).items() if value is not None}
 
 
-def test_audio_with_a_transcript_uses_the_transcript_and_says_what_is_left_out():
-    columns, needed, notices = choose_columns(Features(audio=Audio(), sentence=STRING), dataset="d")
-    assert columns.text == "sentence"
-    assert needed == ("sentence",)
-    assert "not supported yet: audio" in notices[0]
+def test_audio_is_recognised_and_its_unusual_strings_are_not_the_text():
+    features = {"audio": Audio(), "label": ClassLabel(names=["a"]), "speaker": STRING, "path": STRING}
+    assert roles(features) == {"audio": "audio", "labels": "label", "class_names": ("a",)}
+
+
+def test_audio_with_a_transcript_uses_both():
+    columns, needed, notices = choose_columns(Features(clip=Audio(), sentence=STRING), dataset="d")
+    assert (columns.text, columns.audio) == ("sentence", "clip")
+    assert needed == ("sentence", "clip")
+    assert notices == ("d: text from column 'sentence', audio from column 'clip'",)
+
+
+def test_decoded_audio_is_recognised():
+    assert roles({"speech": DECODED}) == {"audio": "speech"}
+
+
+def test_audio_beside_an_image_uses_both():
+    assert roles({"sound": Audio(), "frame": Image()}) == {"audio": "sound", "image": "frame"}
+
+
+@pytest.mark.parametrize(
+    "kind", [CHAT, SHAREGPT, {"role": List(STRING), "content": List(STRING)}], ids=["openai", "sharegpt", "lists"]
+)
+@pytest.mark.parametrize("name", ["messages", "turns"])
+def test_conversation_is_the_text_where_no_plain_text_is(kind, name):
+    assert roles({"id": STRING, name: kind}) == {"text": name}
+    assert roles({"id": STRING, name: kind, "text": STRING}) == {"text": "text"}
+
+
+def test_list_of_strings_is_the_text_by_a_conversation_s_name_or_where_there_is_no_other():
+    assert roles({"dialog": List(STRING), "id": STRING}) == {"text": "dialog"}
+    assert roles({"words": List(List(STRING)), "n": INT}) == {"text": "words"}
+    assert roles({"words": List(STRING), "verse": STRING}) == {"text": "verse"}
+
+
+def test_members_of_a_webdataset_are_known_and_where_it_comes_from_is_no_text():
+    features = {"__key__": STRING, "__url__": STRING, "jpg": Image(), "txt": STRING, "cls": INT}
+    assert roles(features) == {"image": "jpg", "text": "txt", "labels": "cls"}
+    assert roles({"__key__": STRING, "__url__": STRING, "verse": STRING}) == {"text": "verse"}
+
+
+NESTED = {
+    "answers": {"text": List(STRING), "start": List(INT)},
+    "turns": List({"said": STRING, "photo": Image()}),
+    "meta": {"photo": Image(), "clip": Audio(), "kind": ClassLabel(names=["a", "b"]), "raw": BYTES},
+    "meta.title": STRING,
+}
+
+
+def test_columns_inside_columns_are_named_by_their_path():
+    given = {"text": ["answers.text", "turns.said", "meta.title"], "image": "meta.photo", "labels": "meta.kind"}
+    columns, needed, notices = choose_columns(Features(NESTED), given, dataset="d")
+    assert columns.text == ("answers.text", "turns.said", "meta.title")
+    assert columns.class_names == ("a", "b")
+    assert needed == ("answers", "turns", "meta.title", "meta")
+    assert notices[0].startswith("d: text from columns 'answers.text', 'turns.said', 'meta.title', image from column")
+    assert roles(NESTED, {"audio": "meta.clip"}) == {"audio": "meta.clip"}
+    assert roles(NESTED, {"audio": "meta.raw"}) == {"audio": "meta.raw"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"text": "answers.txt"}, r"no column 'answers.txt' \(did you mean 'answers.text'\?\)"),
+        ({"text": "answers.start"}, "cannot be used as text"),
+        ({"image": "turns.photo"}, "lies inside a list, cannot be used as image"),
+        ({"text": "meta"}, "cannot be used as text"),
+        ({"text": []}, "is empty"),
+        ({"text": ["meta.title", 5]}, "text must be the name of a column, or a list of such, but is 5"),
+        ({"image": ["meta.photo"]}, r"image must be the name of a column, but is \['meta.photo'\]"),
+        ({"audio": "meta.photo"}, "cannot be used as audio"),
+    ],
+)
+def test_bad_path_is_an_error_that_lists_what_there_is_inside(columns, said):
+    with pytest.raises(ColumnError, match=said) as caught:
+        roles(NESTED, columns)
+    assert "answers: {text: List(string), start: List(int64)}" in str(caught.value)
+    assert "turns: List({said: string, photo: Image})" in str(caught.value)
 
 
 def test_user_columns_are_used_exactly():
@@ -115,7 +193,7 @@ def test_user_columns_are_used_exactly():
     [
         ({"text": "txt"}, "no column 'txt'"),
         ({"texts": "text"}, "'texts' is no role"),
-        ({"audio": "text"}, "not supported yet"),
+        ({"audio": "text"}, "cannot be used as audio"),
         ({"labels": "label"}, "neither text nor image"),
         ({"text": "label"}, "cannot be used as text"),
         ({"image": "text"}, "cannot be used as image"),

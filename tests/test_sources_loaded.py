@@ -107,14 +107,28 @@ def test_images_that_only_name_a_file_get_its_bytes(tmp_path):
     assert [row["bytes"] for row in table.column("image").to_pylist()] == [png(i) for i in range(3)]
 
 
-def test_image_whose_file_is_gone_is_a_read_error_with_the_rows(tmp_path):
-    path = tmp_path / "gone.png"
-    path.write_bytes(png(0))
-    dataset = Dataset.from_dict({"image": [str(path)]}).cast_column("image", Image())
+def test_image_whose_file_is_gone_keeps_its_path_so_that_only_its_row_is_lost(tmp_path):
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        path.write_bytes(png(i))
+    dataset = Dataset.from_dict({"image": list(map(str, paths))}).cast_column("image", Image())
     request = SourceRequest(dataset, "train")
     plan = make_plan(request)
-    path.unlink()
-    with pytest.raises(ReadError, match=r"rows 0 to 0.*gone\.png") as caught:
+    paths[1].unlink()
+    table = read_all(request, plan)
+    assert table.column("image").to_pylist() == [
+        {"bytes": png(0), "path": "0.png"},
+        {"bytes": None, "path": str(paths[1])},
+        {"bytes": png(2), "path": "2.png"},
+    ]
+
+
+def test_image_whose_file_cannot_be_read_is_a_read_error_with_the_rows(tmp_path):
+    (tmp_path / "odd.png").mkdir()
+    dataset = Dataset.from_dict({"image": [str(tmp_path / "odd.png")]}).cast_column("image", Image())
+    request = SourceRequest(dataset, "train")
+    plan = make_plan(request)
+    with pytest.raises(ReadError, match=r"rows 0 to 0.*odd\.png") as caught:
         list(open_reader(request, plan).read(plan.chunks[0]))
     assert (caught.value.first_row, caught.value.num_rows) == (0, 1)
 

@@ -1,4 +1,4 @@
-"""The same data without shmloader: `datasets` and Pillow, decoded again at every read.
+"""The same data without shmloader: `datasets`, Pillow, soundfile and soxr; decoded again at every read.
 
 It is what the demo and the benchmarks compare with, and the direct decode that they check batches against. It
 shares with the loader which columns it reads, and nothing of how they are decoded.
@@ -6,6 +6,7 @@ shares with the loader which columns it reads, and nothing of how they are decod
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,11 +35,12 @@ _IGNORED_LABEL = -100
 
 @dataclass(frozen=True)
 class PlainConfig:
-    """What of a config matters here: the image's side, its dtype, and the most ids of a text."""
+    """What of a config matters here: the image's side, its dtype, the most ids of a text, and the samples of a clip."""
 
     image_size: int = 224
     image_dtype: str = "float32"
     max_text_length: int = 512
+    max_audio_length: int = 16000
 
     @classmethod
     def of(cls, config: Any) -> PlainConfig:
@@ -47,6 +49,7 @@ class PlainConfig:
             image_size=config.vision_dim,
             image_dtype=getattr(config, "image_dtype", cls.image_dtype),
             max_text_length=getattr(config, "max_text_length", cls.max_text_length),
+            max_audio_length=getattr(config, "max_audio_length", cls.max_audio_length),
         )
 
 
@@ -57,15 +60,16 @@ class PlainDataset(Dataset[Tensors]):
     """
 
     def __init__(self, rows: Any, columns: Columns, config: PlainConfig) -> None:
-        needed = [name for name in (columns.text, columns.image, columns.labels) if name is not None]
-        self.rows = rows.select_columns(needed)
+        roles = (columns.text, columns.image, columns.audio, columns.labels)
+        self.rows = rows.select_columns([name for name in roles if name is not None])
         self.columns = columns
         self.config = config
         text = ("text", "attention_mask", "labels") if columns.text is not None else ()
         image = ("image",) if columns.image is not None else ()
+        audio = ("audio",) if columns.audio is not None else ()
         labels = ("labels",) if columns.labels is not None else ()
         #: What `collate_plain` puts into a batch.
-        self.fields = frozenset((*text, *image, *labels))
+        self.fields = frozenset((*text, *image, *audio, *labels))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -74,10 +78,12 @@ class PlainDataset(Dataset[Tensors]):
         row = self.rows[index]
         sample: Tensors = {}
         if self.columns.text is not None:
-            ids = list(row[self.columns.text].encode()[: self.config.max_text_length])
+            ids = list(_text(row[self.columns.text]).encode()[: self.config.max_text_length])
             sample["text"] = sample["labels"] = torch.tensor(ids, dtype=torch.int64)
         if self.columns.image is not None:
             sample["image"] = self._image(row[self.columns.image])
+        if self.columns.audio is not None:
+            sample["audio"] = self._audio(row[self.columns.audio])
         if self.columns.labels is not None:
             sample["labels"] = torch.tensor(row[self.columns.labels])
         return sample
@@ -91,6 +97,34 @@ class PlainDataset(Dataset[Tensors]):
         normalised = (pixels / np.float32(255) - _MEAN[:, None, None]) / _STD[:, None, None]
         return torch.from_numpy(np.ascontiguousarray(normalised))
 
+    def _audio(self, clip: dict[str, Any]) -> torch.Tensor:
+        import soundfile
+        import soxr
+
+        if "array" in clip:
+            samples, rate = np.asarray(clip["array"], np.float32), clip["sampling_rate"]
+        else:
+            file = clip["path"] if clip["bytes"] is None else io.BytesIO(clip["bytes"])
+            frames, rate = soundfile.read(file, dtype="float32", always_2d=True)
+            samples = frames.mean(axis=1)
+        whole = soxr.resample(samples, rate, 16000) if rate != 16000 else samples
+        num_samples = self.config.max_audio_length
+        return torch.from_numpy(np.pad(whole[:num_samples], (0, max(0, num_samples - len(whole)))))
+
+
+def _text(value: Any) -> str:
+    """A string, the strings of a list, or the messages of a conversation."""
+    if isinstance(value, str):
+        return value
+    lines = []
+    for item in value:
+        if isinstance(item, dict):
+            sender = item.get("role") or {"human": "user", "gpt": "assistant"}.get(item["from"], item["from"])
+            lines.append(f"{sender}: {item['content'] if 'content' in item else item['value']}")
+        elif item is not None:
+            lines.append(_text(item))
+    return "\n".join(lines)
+
 
 def open_plain(dataset: str, split: str, config: PlainConfig) -> PlainDataset:
     """Download or find ``dataset`` with ``datasets.load_dataset``, and read the columns that the loader reads."""
@@ -101,6 +135,9 @@ def open_plain(dataset: str, split: str, config: PlainConfig) -> PlainDataset:
     finally:
         if shown:
             datasets.enable_progress_bars()
+    for name, feature in rows.features.items():
+        if isinstance(feature, datasets.Audio):  # whose own decoding wants torchcodec
+            rows = rows.cast_column(name, datasets.Audio(decode=False))
     columns, _, _ = choose_columns(rows.features, dataset=dataset)
     return PlainDataset(rows, columns, config)
 

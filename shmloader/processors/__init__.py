@@ -5,8 +5,9 @@
     RecordBatch ─▶ Processor.begin ─▶ Rows ─▶ shapes(row)     how large a record to reserve
                                            └▶ write(row, out)  straight into the record
 
-``text.py``, ``image.py`` and ``label.py`` take one column each; ``user.py`` takes whole rows to the user's
-``process``, in place of them all. Each is imported only when a dataset needs it, decoders included.
+``text.py`` takes the columns of text, ``image.py``, ``audio.py`` and ``label.py`` one column each; ``either.py`` joins
+those of which a row may lack all but one. ``user.py`` takes whole rows to the user's ``process``, in place of them all.
+Each is imported only when a dataset needs it, decoders included.
 """
 
 from __future__ import annotations
@@ -32,9 +33,13 @@ def build(
     tokenizer: Any = None,
     process: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
 ) -> list[Processor]:
-    """The processors that make a sample of ``columns``, in the order of its fields: text, image, labels.
+    """The processors that make a sample of ``columns``, in the order of its fields: text, image, audio, labels.
 
-    config: has ``vocab_size`` and ``vision_dim``, maybe ``max_text_length`` and ``image_dtype``.
+    Beside text, images and audio are optional: a row without one is a sample without the field. Of images and audio
+    without text, a row must have one of both.
+
+    config: has ``vocab_size`` and ``vision_dim``, maybe ``max_text_length``, ``max_audio_length``,
+        ``pad_to_multiple_of`` and ``image_dtype``.
     process: the user's own, which then does all.
 
     Raises:
@@ -49,18 +54,45 @@ def build(
     if columns.text is not None:
         from shmloader.processors.text import TextProcessor
 
-        length = _whole(config, "max_text_length", 512)
-        built.append(TextProcessor(columns.text, tokenizer, length, config.vocab_size, columns.labels is None))
-    if columns.image is not None:
-        from shmloader.processors.image import ImageProcessor
-
-        built.append(ImageProcessor(columns.image, _whole(config, "vision_dim"), _image_dtype(config)))
+        built.append(
+            TextProcessor(
+                columns.text,
+                tokenizer,
+                _whole(config, "max_text_length", 512),
+                config.vocab_size,
+                columns.labels is None,
+                1 if getattr(config, "pad_to_multiple_of", None) is None else _whole(config, "pad_to_multiple_of"),
+            )
+        )
+    built += _media(columns, config)
     if columns.labels is not None:
         from shmloader.processors.label import LabelProcessor
 
         built.append(LabelProcessor(columns.labels, columns.class_names))
     if not built:
-        raise ColumnError("no column of text, images or labels was found; name them with `columns`, or give `process`")
+        raise ColumnError(
+            "no column of text, images, audio or labels was found; name them with `columns`, or give `process`"
+        )
+    return built
+
+
+def _media(columns: Columns, config: Any) -> list[Processor]:
+    """The processors of images and audio; one that joins them where there is no text."""
+    is_optional = columns.text is not None or None not in (columns.image, columns.audio)
+    built: list[Processor] = []
+    if columns.image is not None:
+        from shmloader.processors.image import ImageProcessor
+
+        size, dtype = _whole(config, "vision_dim"), _image_dtype(config)
+        built.append(ImageProcessor(columns.image, size, dtype, is_optional))
+    if columns.audio is not None:
+        from shmloader.processors.audio import AudioProcessor
+
+        built.append(AudioProcessor(columns.audio, _whole(config, "max_audio_length", 16000), is_optional))
+    if columns.text is None and len(built) > 1:
+        from shmloader.processors.either import EitherProcessor
+
+        return [EitherProcessor(built)]
     return built
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from shmloader.sample import Field
 
@@ -31,7 +32,7 @@ class Processor(Protocol):
     """Turns the rows of a chunk into fields. Built and used in one prefetcher, in one thread.
 
     fields: what it yields, in order; ``shape`` has None for a dimension that differs between samples.
-    columns: the columns of the source that it reads.
+    columns: the columns of the source that it reads; a path ("answers.text") for one inside another.
     """
 
     fields: tuple[Field, ...]
@@ -44,3 +45,36 @@ class Processor(Protocol):
         row: that is told by `Rows.shapes` or `Rows.write` of that row.
         """
         ...
+
+
+def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
+    """The values of column ``path`` of ``batch``, or of what lies at this path inside a column ("answers.text").
+
+    A column whose name has the dots comes first. Through a list the values are lists; what is inside of null is null.
+
+    Raises:
+        KeyError: there is no such column, or nothing of that name in it.
+    """
+    if path in batch.schema.names:
+        return batch.column(path)
+    name, *inner = path.split(".")
+    return _inside(batch.column(name), inner)
+
+
+def _inside(array: pa.Array, path: Sequence[str]) -> pa.Array:
+    if not path:
+        return array
+    if isinstance(array, pa.ExtensionArray):
+        array = array.storage
+    kind = array.type
+    if pa.types.is_struct(kind):
+        if kind.get_field_index(path[0]) < 0:
+            raise KeyError(f"{kind} has no field {path[0]!r}")
+        return _inside(pc.struct_field(array, path[0]), path[1:])
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise KeyError(f"{kind} has no field {path[0]!r}")
+    inner = _inside(array.flatten(), path)  # the values of this very slice, those of null lists left out
+    lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), pa.int64())
+    mask = array.is_null() if array.null_count else None
+    return pa.LargeListArray.from_arrays(offsets, inner, mask=mask)

@@ -1,16 +1,16 @@
-"""Image columns: encoded bytes become uint8 [3, size, size], RGB.
+"""Image columns: encoded bytes become uint8 [3, size, size], RGB, upright.
 
 JPEG goes through simplejpeg (libjpeg-turbo), everything else through Pillow; a JPEG that simplejpeg refuses
 (CMYK, odd subsampling, stray bytes) goes through Pillow as well. Resizing is antialiased bilinear over the
 whole image, the aspect not kept, as ``torchvision.transforms.Resize((size, size))`` on a PIL image; done by
-cykooz.resizer, which is six times as fast as Pillow and within 0.2 of 255 of it on photographs.
+cykooz.resizer, which is six times as fast as Pillow and within 0.2 of 255 of it on photographs. A picture is turned
+as its EXIF (or XMP) orientation says; of a moving one it is the first frame.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import cykooz_resizer
@@ -20,6 +20,9 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from shmloader.errors import DecodeError
+from shmloader.processors.base import column_at
+from shmloader.processors.encoded import Encoded, bytes_of, stored_in, stored_of
+from shmloader.processors.orientation import jpeg_orientation, pillow_orientation, turned
 from shmloader.sample import Field
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -40,27 +43,29 @@ Source: libjpeg, jerror.h, JWRN_HIT_MARKER, JWRN_JPEG_EOF, JWRN_HUFF_BAD_CODE, J
 _BILINEAR = cykooz_resizer.ResizeAlg.convolution(cykooz_resizer.FilterType.bilinear)
 
 Pixels = np.ndarray[Any, Any]
-Encoded = bytes | bytearray | memoryview
 
 
 class ImageProcessor:
     """Yields "image", uint8 [3, size, size]; with ``image_dtype="float32"`` the reader gets it normalised.
 
     column: struct<bytes: binary, path: string> as `datasets` stores it, or the encoded images as binary.
+    optional: a null value is no error; the sample then has no image.
     """
 
-    def __init__(self, column: str, size: int = 224, image_dtype: str = "uint8") -> None:
+    def __init__(self, column: str, size: int = 224, image_dtype: str = "uint8", optional: bool = False) -> None:
         self.columns: tuple[str, ...] = (column,)
         self.size = size
+        self.optional = optional
         scale = shift = None
         if image_dtype == "float32":
             scale = tuple(1 / (255 * std) for std in IMAGENET_STD)
             shift = tuple(-mean / std for mean, std in zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
-        self.fields: tuple[Field, ...] = (Field("image", "uint8", (3, size, size), scale=scale, shift=shift),)
+        field = Field("image", "uint8", (3, size, size), scale=scale, shift=shift, optional=optional)
+        self.fields: tuple[Field, ...] = (field,)
 
     def begin(self, batch: pa.RecordBatch) -> _ImageRows:
         """Take the encoded images of ``batch``; they are decoded one by one, straight before they are written."""
-        return _ImageRows(self, batch.column(self.columns[0]))
+        return _ImageRows(self, column_at(batch, self.columns[0]))
 
 
 class _ImageRows:
@@ -69,11 +74,16 @@ class _ImageRows:
         self._column = column
 
     def shapes(self, row: int) -> Mapping[str, tuple[int, ...]]:
+        if self._processor.optional and stored_in(self._column[row], "image") == (None, None):
+            return {}
         return {"image": (3, self._processor.size, self._processor.size)}
 
     def write(self, row: int, out: Mapping[str, Pixels]) -> None:
+        if "image" not in out:
+            return
         try:
-            pixels = _decode(_encoded_of_scalar(self._column[row]), self._processor.size)
+            data = bytes_of(*stored_in(self._column[row], "image"), "image")
+            pixels = _decode(data, self._processor.size)
         except DecodeError as error:
             column = self._processor.columns[0]
             raise DecodeError(f"column {column!r}: {error}", field="image", column=column, **error.data) from error
@@ -92,61 +102,28 @@ def decode_image(value: Mapping[str, Any] | Encoded, size: int | None = None) ->
     Raises:
         DecodeError: there is no image, or it is truncated, damaged, too large or of an unknown kind.
     """
-    if isinstance(value, Mapping):
-        data = _encoded_of(value.get("bytes"), value.get("path"))
-    else:
-        data = _encoded_of(value, None)
-    pixels = _decode(data, size)
-    return pixels if pixels.flags.writeable else pixels.copy()
-
-
-def _encoded_of_scalar(scalar: Any) -> Encoded:
-    """The encoded image in an Arrow scalar, without a copy where it lies in the column."""
-    if pa.types.is_struct(scalar.type):
-        if not scalar.is_valid:
-            raise DecodeError("the image is null")
-        inner = {scalar.type.field(i).name: i for i in range(scalar.type.num_fields)}
-        data = scalar["bytes"].as_buffer() if "bytes" in inner else None
-        path = scalar["path"].as_py() if "path" in inner else None
-    elif pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
-        data, path = scalar.as_buffer(), None
-    else:
-        raise DecodeError(f"holds {scalar.type}, not encoded images; name another column or give `process`")
-    # pyarrow's buffers are of signed bytes, which simplejpeg refuses.
-    return _encoded_of(None if data is None else memoryview(data).cast("B"), path)
-
-
-def _encoded_of(data: Any, path: str | None) -> Encoded:
-    if data is None and path:
-        try:
-            data = Path(path).read_bytes()
-        except OSError as error:
-            raise DecodeError(f"the image's file cannot be read: {error}", path=path) from error
-    if data is None:
-        raise DecodeError("the image is null")
-    if not isinstance(data, bytes | bytearray | memoryview):
-        raise DecodeError(f"the image must be encoded bytes, but got {type(data).__name__}")
-    if not len(data):
-        raise DecodeError("the image has no bytes")
-    return data
+    pixels = _decode(bytes_of(*stored_of(value, "image"), "image"), size)
+    return pixels if pixels.flags.writeable and pixels.flags.c_contiguous else pixels.copy()
 
 
 def _decode(data: Encoded, size: int | None) -> Pixels:
-    """(H, W, 3) uint8, or (size, size, 3)."""
+    """(H, W, 3) uint8, or (size, size, 3); maybe read-only, maybe in other strides."""
     pixels, refusal = None, ""
     if bytes(data[:3]) == _JPEG_START:
         try:
             pixels = _decode_jpeg(data, size)
         except ValueError as error:
             refusal = str(error)
-    if pixels is None:
-        pixels = _decode_by_pillow(data)
+    if pixels is not None:
+        orientation = jpeg_orientation(data)
+    else:
+        pixels, orientation = _decode_by_pillow(data)
         if any(word in refusal.lower() for word in _DAMAGE):
             raise DecodeError(f"the image is damaged: {refusal}")
         if size is not None:
             pixels = resize(pixels, size)
-    # EXIF orientation belongs here: turning a picture and squeezing it into a square can be swapped.
-    return pixels
+    # Squeezing a picture into a square and turning it can be swapped: what is turned last is small.
+    return turned(pixels, orientation)
 
 
 def _decode_jpeg(data: Encoded, size: int | None) -> Pixels | None:
@@ -169,15 +146,19 @@ def _decode_jpeg(data: Encoded, size: int | None) -> Pixels | None:
     return pixels if size is None else resize(pixels, size, (height / factor, width / factor))
 
 
-def _decode_by_pillow(data: Encoded) -> Pixels:
+def _decode_by_pillow(data: Encoded) -> tuple[Pixels, int]:
+    """The picture, and its orientation."""
     try:
         with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            orientation = pillow_orientation(image)
             if image.mode in ("I", "F"):
                 raise DecodeError(f"the image has 32-bit pixels (mode {image.mode}), whose range is not known")
             if image.mode.startswith("I;16"):  # convert() would clip it to white
                 grey = (np.asarray(image) >> 8).astype(np.uint8)
-                return np.repeat(grey[:, :, None], 3, axis=2)
-            return np.asarray(image.convert("RGB"))
+                return np.repeat(grey[:, :, None], 3, axis=2), orientation
+            image.info.pop("transparency", None)  # dropped in any case; of a palette's, convert() would warn
+            return np.asarray(image.convert("RGB")), orientation
     except DecodeError:
         raise
     except Exception as error:  # its plug-ins raise OSError, SyntaxError, ValueError, struct.error and more

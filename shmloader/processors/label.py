@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from shmloader.errors import DecodeError
+from shmloader.processors.base import column_at
 from shmloader.sample import Field
 
 UNKNOWN_LABEL = -1
@@ -30,7 +31,7 @@ class LabelProcessor:
 
     def begin(self, batch: pa.RecordBatch) -> _LabelRows:
         """Take the labels of ``batch``."""
-        return _LabelRows(self, batch.column(self.columns[0]).to_pylist())
+        return _LabelRows(self, column_at(batch, self.columns[0]).to_pylist())
 
     def label_of(self, value: Any) -> int:
         """The label that a row's ``value`` stands for.

@@ -1,17 +1,23 @@
 """Text columns: a string becomes token ids, by the user's tokenizer or as its UTF-8 bytes.
 
+What else can be text (lists of strings, several columns, conversations) is made a string first (text_value.py); a
+conversation is left to the tokenizer's chat template where it has one.
+
 Nothing of `tokenizers` or `transformers` is imported: what an object can do tells what it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from shmloader.errors import DecodeError, OptionError
+from shmloader.processors.base import column_at
+from shmloader.processors.text_value import Chat, chat_of, join_texts, text_of
 from shmloader.sample import Field
 
 IGNORED_LABEL = -100
@@ -26,10 +32,13 @@ Encode = Callable[[list[str]], Sequence[Any]]
 class TextProcessor:
     """Yields "text", int64 [length], and "labels" with the same ids where ``labels_from_text`` (a causal LM).
 
+    column: of strings, lists of strings, or conversations; a path ("answers.text") for what is inside another column.
+        Of several columns the texts are joined by a line's end, in order; null and empty ones are left out.
     tokenizer: None: the ids are the UTF-8 bytes; else see `check_tokenizer`. In the first `begin` a
-    `tokenizers.Tokenizer` has its truncation set and its padding switched off: it is this process's own copy.
+        `tokenizers.Tokenizer` has its truncation set and its padding switched off: it is this process's own copy.
     max_text_length: most ids of a sample; what follows is cut off.
     vocab_size: ids that are not below it are errors; None: not checked.
+    multiple_of: the padded length of a batch is rounded up to a multiple of it.
 
     Raises:
         OptionError: the tokenizer cannot be used, or ``max_text_length`` is not positive.
@@ -37,11 +46,12 @@ class TextProcessor:
 
     def __init__(
         self,
-        column: str,
+        column: str | tuple[str, ...],
         tokenizer: Any = None,
         max_text_length: int = 512,
         vocab_size: int | None = None,
         labels_from_text: bool = False,
+        multiple_of: int = 1,
     ) -> None:
         check_tokenizer(tokenizer)
         if max_text_length < 1:
@@ -51,45 +61,69 @@ class TextProcessor:
                 value=max_text_length,
                 allowed="1 or more",
             )
-        self.columns: tuple[str, ...] = (column,)
+        self.columns: tuple[str, ...] = (column,) if isinstance(column, str) else column
         self.max_text_length = max_text_length
         self.vocab_size = vocab_size
         pad, most = pad_id_of(tokenizer), (max_text_length,)
         self._tokenizer = tokenizer
         self._encode: Encode | None = None
-        self.fields: tuple[Field, ...] = (Field("text", "int64", (None,), pad=pad, mask="attention_mask", most=most),)
+        text = Field("text", "int64", (None,), pad=pad, mask="attention_mask", most=most, multiple_of=multiple_of)
+        self.fields: tuple[Field, ...] = (text,)
         if labels_from_text:
-            self.fields += (Field("labels", "int64", (None,), pad=IGNORED_LABEL, same_as="text", most=most),)
+            self.fields += (replace(text, name="labels", pad=IGNORED_LABEL, mask=None, same_as="text"),)
 
     def begin(self, batch: pa.RecordBatch) -> _TextRows:
         """Tokenise the rows of ``batch`` in one call, or one by one where that fails."""
         if self._encode is None:
             self._encode = _batch_encoder(self._tokenizer, self.max_text_length)
+        columns = [column_at(batch, column) for column in self.columns]
         texts: list[str] = []
         positions: list[int] = []
         rows: list[Ids | DecodeError] = []
-        for position, scalar in enumerate(batch.column(self.columns[0])):
-            text = self._text_of(scalar)
+        for position in range(batch.num_rows):
+            text = self._text_of([column[position] for column in columns])
             if isinstance(text, str):
                 positions.append(position)
                 texts.append(text)
                 rows.append(np.empty(0, np.int64))
-            else:
+            elif isinstance(text, DecodeError):
                 rows.append(text)
+            else:
+                rows.append(self._chat_ids(text))
         for position, ids in zip(positions, self._encode_all(self._encode, texts), strict=True):
             rows[position] = ids
         return _TextRows(self.fields, rows)
 
-    def _text_of(self, scalar: Any) -> str | DecodeError:
+    def _text_of(self, scalars: Sequence[Any]) -> str | Chat | DecodeError:
+        """What is to be tokenised; a conversation only if the tokenizer has a template for it."""
+        texts: list[str | None] = []
+        for column, scalar in zip(self.columns, scalars, strict=True):
+            try:
+                value = scalar.as_py()
+                chat = chat_of(value) if len(scalars) == 1 and _has_template(self._tokenizer) else None
+                if chat is not None:
+                    return chat
+                texts.append(text_of(value))
+            except UnicodeDecodeError as error:
+                return self._error(f"is not valid UTF-8: {error}", column)
+            except TypeError as error:
+                return self._error(
+                    f"holds {scalar.type}, not text; name another column or give `process`", column, error
+                )
+        joined = join_texts(texts)
+        if joined is None:
+            return self._error("is null" if len(texts) == 1 else "are all null")
+        return joined
+
+    def _chat_ids(self, chat: Chat) -> Ids | DecodeError:
+        """The ids of a conversation, by the tokenizer's own template."""
         try:
-            value = scalar.as_py()
-        except UnicodeDecodeError as error:
-            return self._error(f"is not valid UTF-8: {error}")
-        if value is None:
-            return self._error("is null")
-        if not isinstance(value, str):
-            return self._error(f"holds {scalar.type}, not text; name another column or give `process`")
-        return value
+            ids = self._tokenizer.apply_chat_template(
+                chat, tokenize=True, return_dict=False, truncation=True, max_length=self.max_text_length
+            )
+        except Exception as error:
+            return self._error(f"cannot be laid out by the tokenizer's chat template: {_told(error)}", None, error)
+        return self._checked(ids)
 
     def _encode_all(self, encode: Encode, texts: list[str]) -> list[Ids | DecodeError]:
         """The ids of each text; all at once, or one by one where that fails, so that only the bad row is lost."""
@@ -102,9 +136,7 @@ class TextProcessor:
         except Exception as error:
             if len(texts) > 1:
                 return [ids for text in texts for ids in self._encode_all(encode, [text])]
-            bad = self._error(f"cannot be tokenised: {type(error).__name__}: {error}")
-            bad.__cause__ = error
-            return [bad]
+            return [self._error(f"cannot be tokenised: {_told(error)}", None, error)]
         return [self._checked(value) for value in encoded]
 
     def _checked(self, value: Any) -> Ids | DecodeError:
@@ -128,11 +160,24 @@ class TextProcessor:
         if lowest < 0 or highest >= limit:
             worst = lowest if lowest < 0 else highest
             have = "" if self.vocab_size is None else f"; the vocabulary has {self.vocab_size} (config.vocab_size)"
-            return self._error(f"has token id {worst}, which is out of range{have}", id=worst)
+            remedy = "Give the tokenizer that the model was made for, or set vocab_size of the config to its size"
+            return self._error(
+                f"has token id {worst}, which is out of range{have}. {remedy}", id=worst, vocab_size=self.vocab_size
+            )
         return ids
 
-    def _error(self, what: str, **data: Any) -> DecodeError:
-        return DecodeError(f"text of column {self.columns[0]!r} {what}", field="text", column=self.columns[0], **data)
+    def _error(self, what: str, column: str | None = None, cause: Exception | None = None, **data: Any) -> DecodeError:
+        """Why a row has no ids. column: at fault; None: all."""
+        columns = self.columns if column is None else (column,)
+        noun = "column" if len(columns) == 1 else "columns"
+        error = DecodeError(
+            f"text of {noun} {', '.join(map(repr, columns))} {what}",
+            field="text",
+            column=columns[0] if len(columns) == 1 else columns,
+            **data,
+        )
+        error.__cause__ = cause
+        return error
 
 
 class _TextRows:
@@ -151,6 +196,15 @@ class _TextRows:
         if isinstance(ids, DecodeError):
             raise ids
         return ids
+
+
+def _has_template(tokenizer: Any) -> bool:
+    """Whether a tokenizer lays out conversations itself."""
+    return bool(getattr(tokenizer, "chat_template", None)) and callable(getattr(tokenizer, "apply_chat_template", None))
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shmloader.errors import ColumnError
+from shmloader.sources import features as kinds
 from shmloader.sources.base import Columns
+from shmloader.sources.features import describe
 
 log = logging.getLogger("shmloader.sources")
 
-ROLES = ("text", "image", "labels")
+ROLES = ("text", "image", "audio", "labels")
 
 #: The usual names of the column to read as text, best first; names of one line are equally good
 #: (collected from the dataset cards of the catalogue and of the Hub's most used text datasets).
 TEXT_NAMES: tuple[tuple[str, ...], ...] = (
     ("text",),
+    ("txt",),  # a member of a WebDataset
     ("sentence", "content", "document", "article", "passage", "review", "body"),
     ("prompt", "instruction", "question", "query"),
     ("caption", "transcription", "transcript", "utterance", "description"),
 )
+#: The usual names of a column of conversations.
+CHAT_NAMES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
 LABEL_NAMES = ("labels", "label")
-
-_STRING_TYPES = ("string", "large_string", "string_view")
-_IMAGE_STORAGE = ("binary", "large_binary")
+#: The same in a WebDataset.
+OTHER_LABEL_NAME = "cls"
 
 
 def choose_columns(
     features: Mapping[str, Any],
-    columns: Mapping[str, str] | None = None,
+    columns: Mapping[str, Any] | None = None,
     *,
     dataset: str,
     all_columns: bool = False,
 ) -> tuple[Columns, tuple[str, ...], tuple[str, ...]]:
     """The columns of each role, the names of all columns to read, and notices of what was chosen.
 
-    features: ``datasets.Features`` (or any mapping of column → feature). columns: role → column, exactly
-    what to use; None: recognise them. all_columns: read every column and choose none.
+    features: ``datasets.Features`` (or any mapping of column → feature). columns: role → column or path
+    ("answers.text"), of text several in a list; exactly what to use; None: recognise them. all_columns: read every
+    column and choose none.
 
     Raises:
         ColumnError: the user named a role or a column that there is not, no column is usable, or
@@ -49,78 +55,112 @@ def choose_columns(
         chosen = _given(features, columns, dataset)
     else:
         chosen = _recognised(features, dataset)
-    needed = tuple(name for name in (chosen.text, chosen.image, chosen.labels) if name is not None)
-    notice = _notice(features, chosen, dataset)
+    needed = tuple(dict.fromkeys(kinds.column_of(features, path) for role in ROLES for path in _paths(chosen, role)))
+    notice = _notice(chosen, dataset)
     log.info(notice)
     return chosen, needed, (notice,)
 
 
+def cheapest(chosen: Columns, needed: Sequence[str]) -> str:
+    """The column of ``needed`` with the fewest bytes, as far as can be told: to count rows by."""
+    for role in ("labels", "text"):
+        for path in _paths(chosen, role):
+            return path if path in needed else path.split(".")[0]
+    return needed[0]
+
+
+def _paths(chosen: Columns, role: str) -> tuple[str, ...]:
+    path = getattr(chosen, role)
+    if path is None:
+        return ()
+    return path if isinstance(path, tuple) else (path,)
+
+
 def _recognised(features: Mapping[str, Any], dataset: str) -> Columns:
     labels = _one_of(features, "labels", _label_candidates(features, dataset), dataset)
-    image = _one_of(features, "image", [name for name in features if _kind(features[name]) == "Image"], dataset)
+    images = [name for name in features if kinds.kind_of(features[name]) == "Image"]
+    image = _one_of(features, "image", images, dataset)
+    audio = _one_of(features, "audio", [name for name in features if kinds.is_audio(features[name])], dataset)
     text = _one_of(features, "text", _text_candidates(features), dataset)
-    if text is None and image is None:
-        if _audio(features):
-            raise _column_error(
-                features, dataset, "audio columns are not supported yet, and no column was recognised as text or image"
-            )
-        strings = [name for name in features if _is_string(features[name])]
-        text = _one_of(features, "text", strings, dataset)
-    if text is None and image is None:
-        raise _column_error(features, dataset, "no column was recognised as text or image")
-    return _columns(features, text, image, labels)
+    if text is None and image is None and audio is None:
+        for is_text in (kinds.is_string, kinds.is_strings):
+            # WebDatasets have columns that say which sample it is and where it comes from.
+            strings = [name for name in features if is_text(features[name]) and not name.startswith("__")]
+            text = text or _one_of(features, "text", strings, dataset)
+    if text is None and image is None and audio is None:
+        raise _column_error(features, dataset, "no column was recognised as text, image or audio")
+    return _columns(features, {"text": text, "image": image, "audio": audio, "labels": labels})
 
 
-def _given(features: Mapping[str, Any], columns: Mapping[str, str], dataset: str) -> Columns:
-    for role, name in columns.items():
-        if role == "audio":
-            raise _column_error(features, dataset, f"columns={dict(columns)!r}: audio columns are not supported yet")
+def _given(features: Mapping[str, Any], columns: Mapping[str, Any], dataset: str) -> Columns:
+    said = f"columns={dict(columns)!r}"
+    for role, given in columns.items():
         if role not in ROLES:
-            raise _column_error(
-                features, dataset, f"columns={dict(columns)!r}: {role!r} is no role; the roles are {', '.join(ROLES)}"
-            )
-        if name not in features:
-            raise _column_error(features, dataset, f"columns={dict(columns)!r}: there is no column {name!r}")
-        if not _fits(role, features[name]):
-            raise _column_error(
-                features, dataset, f"column {name!r} ({describe(features[name])}) cannot be used as {role}"
-            )
-    if "text" not in columns and "image" not in columns:
-        raise _column_error(features, dataset, f"columns={dict(columns)!r} names neither text nor image")
-    return _columns(features, columns.get("text"), columns.get("image"), columns.get("labels"))
+            raise _column_error(features, dataset, f"{said}: {role!r} is no role; the roles are {', '.join(ROLES)}")
+        is_several = role == "text" and isinstance(given, list | tuple)
+        if is_several and not given:
+            raise _column_error(features, dataset, f"{said}: the list of {role} columns is empty")
+        for path in given if is_several else (given,):
+            _check_given(features, role, path, said, dataset)
+    if not {"text", "image", "audio"} & set(columns):
+        raise _column_error(features, dataset, f"{said} names neither text nor image nor audio")
+    chosen = {role: tuple(given) if isinstance(given, list) else given for role, given in columns.items()}
+    return _columns(features, chosen)
 
 
-def _columns(features: Mapping[str, Any], text: str | None, image: str | None, labels: str | None) -> Columns:
+def _check_given(features: Mapping[str, Any], role: str, path: Any, said: str, dataset: str) -> None:
+    if not isinstance(path, str):
+        several = ", or a list of such" if role == "text" else ""
+        what = f"{said}: {role} must be the name of a column{several}, but is {path!r}"
+        raise _column_error(features, dataset, what)
+    found = kinds.find(features, path)
+    if found is None:
+        near = difflib.get_close_matches(path, list(kinds.all_paths(features)), n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise _column_error(features, dataset, f"{said}: there is no column {path!r}{hint}")
+    feature, through_list = found
+    if not kinds.fits(role, feature, through_list):
+        inside = ", which lies inside a list," if through_list else ""
+        what = f"column {path!r} ({describe(feature)}){inside} cannot be used as {role}"
+        raise _column_error(features, dataset, what)
+
+
+def _columns(features: Mapping[str, Any], chosen: Mapping[str, Any]) -> Columns:
     names = None
-    if labels is not None and _kind(features[labels]) == "ClassLabel":
-        names = tuple(str(name) for name in features[labels].names or ())
-    return Columns(text=text, image=image, labels=labels, class_names=names)
+    if chosen.get("labels") is not None:
+        found = kinds.find(features, chosen["labels"])
+        assert found is not None
+        if kinds.kind_of(found[0]) == "ClassLabel":
+            names = tuple(str(name) for name in found[0].names or ())
+    return Columns(**chosen, class_names=names)
 
 
 def _label_candidates(features: Mapping[str, Any], dataset: str) -> list[str]:
-    classes = [name for name in features if _kind(features[name]) == "ClassLabel"]
+    classes = [name for name in features if kinds.kind_of(features[name]) == "ClassLabel"]
     usual = [name for name in LABEL_NAMES if name in features]
     if classes:
         return [name for name in classes if name in usual] or classes
-    integers = [name for name in usual if _is_integer(features[name])]
+    integers = [name for name in usual if kinds.is_integer(features[name])]
     if usual and not integers:
         what = (
             f"column {usual[0]!r} ({describe(features[usual[0]])}) looks like labels, but is neither class nor integer"
         )
         raise _column_error(features, dataset, what)
+    if not usual and OTHER_LABEL_NAME in features and kinds.is_integer(features[OTHER_LABEL_NAME]):
+        return [OTHER_LABEL_NAME]
     return integers
 
 
 def _text_candidates(features: Mapping[str, Any]) -> list[str]:
-    folded: dict[str, list[str]] = {}
-    for name in features:
-        if _is_string(features[name]):
-            folded.setdefault(name.lower(), []).append(name)
+    """Columns that are text by their names, or else conversations by what they hold."""
+    strings = {name: feature for name, feature in features.items() if kinds.is_string(feature)}
     for names in TEXT_NAMES:
-        found = [name for usual in names for name in folded.get(usual, ())]
+        found = kinds.named(strings, names)
         if found:
             return found
-    return []
+    chats = {name: feature for name, feature in features.items() if kinds.is_chat(feature)}
+    turns = {name: feature for name, feature in features.items() if kinds.is_strings(feature)}
+    return kinds.named(chats, CHAT_NAMES)[:1] or list(chats) or kinds.named(turns, CHAT_NAMES)
 
 
 def _one_of(features: Mapping[str, Any], role: str, candidates: Sequence[str], dataset: str) -> str | None:
@@ -132,61 +172,30 @@ def _one_of(features: Mapping[str, Any], role: str, candidates: Sequence[str], d
 
 def _column_error(features: Mapping[str, Any], dataset: str, what: str) -> ColumnError:
     listed = "\n".join(f"    {name}: {describe(feature)}" for name, feature in features.items()) or "    (none)"
-    fitting = {r: next((n for n, feature in features.items() if _fits(r, feature)), None) for r in ROLES}
-    example = {r: name for r, name in fitting.items() if name is not None}
+    example = {role: path for role in ROLES if (path := _example(features, role)) is not None}
     remedy = "Take whole rows with process=."
-    if "text" in example or "image" in example:
+    if set(example) - {"labels"}:
         remedy = f"Say which to use with columns=, for example columns={example!r}, or take whole rows with process=."
     return ColumnError(
         f"{dataset}: {what}. Its columns are:\n{listed}\n{remedy}", dataset=dataset, columns=list(features)
     )
 
 
-def _notice(features: Mapping[str, Any], chosen: Columns, dataset: str) -> str:
+def _example(features: Mapping[str, Any], role: str) -> str | None:
+    """A path that could be used as ``role``; bytes that are not said to be audio are rather an image."""
+    for path in kinds.all_paths(features):
+        feature, through_list = kinds.find(features, path) or (None, True)
+        if kinds.fits(role, feature, through_list) and (role != "audio" or kinds.is_audio(feature)):
+            return path
+    return None
+
+
+def _notice(chosen: Columns, dataset: str) -> str:
     parts = []
     for role in ROLES:
-        name = getattr(chosen, role)
-        if name is not None:
+        paths = _paths(chosen, role)
+        if paths:
             classes = f", {len(chosen.class_names)} classes" if role == "labels" and chosen.class_names else ""
-            parts.append(f"{role} from column {name!r}{classes}")
-    unused = f"; audio columns are not supported yet: {', '.join(_audio(features))}" if _audio(features) else ""
-    return f"{dataset}: {', '.join(parts)}{unused}"
-
-
-def describe(feature: Any) -> str:
-    """A short name of a feature: "string", "Image", "ClassLabel(3)", "List(string)"."""
-    kind = _kind(feature)
-    if kind == "Value":
-        return str(feature.dtype)
-    if kind == "ClassLabel":
-        return f"ClassLabel({feature.num_classes})"
-    if kind in ("List", "LargeList", "Sequence"):
-        return f"{kind}({describe(feature.feature)})"
-    if isinstance(feature, Mapping):
-        return "{" + ", ".join(f"{k}: {describe(v)}" for k, v in feature.items()) + "}"
-    return kind
-
-
-def _kind(feature: Any) -> str:
-    return type(feature).__name__
-
-
-def _audio(features: Mapping[str, Any]) -> list[str]:
-    return [name for name in features if _kind(features[name]) == "Audio"]
-
-
-def _is_string(feature: Any) -> bool:
-    return _kind(feature) == "Value" and feature.dtype in _STRING_TYPES
-
-
-def _is_integer(feature: Any) -> bool:
-    return _kind(feature) == "Value" and feature.dtype.lstrip("u").startswith("int")
-
-
-def _fits(role: str, feature: Any) -> bool:
-    """Whether a column of this feature can be used as ``role`` when the user says so."""
-    if role == "text":
-        return _is_string(feature)
-    if role == "image":
-        return _kind(feature) == "Image" or (_kind(feature) == "Value" and feature.dtype in _IMAGE_STORAGE)
-    return _kind(feature) == "ClassLabel" or _is_integer(feature) or describe(feature) == "bool"
+            columns = "column" if len(paths) == 1 else "columns"
+            parts.append(f"{role} from {columns} {', '.join(map(repr, paths))}{classes}")
+    return f"{dataset}: {', '.join(parts)}"

@@ -12,7 +12,7 @@ import pyarrow as pa
 from shmloader.errors import ReadError, SourceError
 from shmloader.sources.base import GUESSED_ROW_BYTES, Chunk, SourcePlan, SourceRequest
 from shmloader.sources.columns import choose_columns
-from shmloader.sources.images import embed_images
+from shmloader.sources.media import embed_media
 from shmloader.sources.resolve import check_split, empty_dataset, quiet_datasets, source_name, translated
 from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema, stream_bytes
 
@@ -84,7 +84,7 @@ class LoadedReader:
         """The rows of ``chunk``; see `Reader.read`."""
         try:
             table: pa.Table = self._dataset[chunk.first_row : chunk.first_row + chunk.num_rows]
-            batch = embed_images(conform(one_batch(table), self._schema, {}), self._features, self._request)
+            batch = embed_media(conform(one_batch(table), self._schema, {}), self._features, self._request)
         except (OSError, ValueError, IndexError, pa.ArrowException) as error:
             raise ReadError(
                 f"{self._plan.name}: cannot read rows {chunk.first_row} to {chunk.first_row + chunk.num_rows - 1} of "

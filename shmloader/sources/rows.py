@@ -15,7 +15,8 @@ BATCH_ROWS = 64
 #: once; a larger one is cut into chunks of about this size (guessed: times the prefetchers, it is what reading holds).
 KEPT_TABLE_BYTES = 64 << 20
 
-IMAGE_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+#: What `datasets` stores images and audio as.
+MEDIA_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
 def plain_schema(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
@@ -34,7 +35,7 @@ def stream_bytes(schema: pa.Schema) -> int:
 def conform(batch: pa.RecordBatch, schema: pa.Schema, class_names: dict[str, tuple[str, ...]]) -> pa.RecordBatch:
     """``batch`` with exactly the columns and types of ``schema``.
 
-    Image columns stored as bare bytes or paths become struct<bytes, path>; class names become their index.
+    Images and audio stored as bare bytes or paths become struct<bytes, path>; class names become their index.
     class_names: of the columns that are ClassLabels.
 
     Raises:
@@ -67,8 +68,8 @@ def _converted(array: pa.Array, kind: pa.DataType, names: tuple[str, ...] | None
         array = array.dictionary_decode()
     if array.type.equals(kind):
         return array
-    if kind.equals(IMAGE_TYPE) and not pa.types.is_struct(array.type):
-        return _image_struct(array)
+    if kind.equals(MEDIA_TYPE) and not pa.types.is_struct(array.type):
+        return _media_struct(array)
     if names is not None and (pa.types.is_string(array.type) or pa.types.is_large_string(array.type)):
         index = pc.index_in(array, value_set=pa.array(names, array.type)).cast(kind)
         unknown = pc.and_(pc.is_null(index), pc.is_valid(array))
@@ -78,8 +79,8 @@ def _converted(array: pa.Array, kind: pa.DataType, names: tuple[str, ...] | None
     return array.cast(kind)
 
 
-def _image_struct(array: pa.Array) -> pa.Array:
+def _media_struct(array: pa.Array) -> pa.Array:
     is_path = pa.types.is_string(array.type) or pa.types.is_large_string(array.type)
     nulls = pa.nulls(len(array), pa.binary() if is_path else pa.string())
     children = [nulls, array.cast(pa.string())] if is_path else [array.cast(pa.binary()), nulls]
-    return pa.StructArray.from_arrays(children, fields=list(IMAGE_TYPE), mask=array.is_null())
+    return pa.StructArray.from_arrays(children, fields=list(MEDIA_TYPE), mask=array.is_null())

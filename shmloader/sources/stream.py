@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError, SourceError
 from shmloader.sources.base import GUESSED_ROW_BYTES, Chunk, SourcePlan, SourceRequest
-from shmloader.sources.columns import choose_columns
-from shmloader.sources.images import embed_images
+from shmloader.sources.columns import cheapest, choose_columns
+from shmloader.sources.media import embed_media
 from shmloader.sources.resolve import (
     check_split,
     empty_dataset,
@@ -69,7 +69,7 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
                 "end it with take(n), or iterate over it with ShmMultimodalIterableDataset, which needs no length.",
                 dataset=name,
             )
-        num_rows = _count(request, stream, features, columns.labels or columns.text or needed[0])
+        num_rows = _count(request, stream, features, cheapest(columns, needed))
         notices += (
             f"{name}: {num_rows} rows, counted by reading the stream once, since {_why_counted(stream, builder)}",
         )
@@ -184,7 +184,7 @@ def open_planned(request: SourceRequest, plan: SourcePlan) -> tuple[Any, Any]:
 
 def plain_rows(table: pa.Table, schema: pa.Schema, features: Any, request: SourceRequest) -> pa.RecordBatch:
     """What a stream gave, as a plan promises it."""
-    return embed_images(conform(one_batch(table.combine_chunks()), schema, {}), features, request)
+    return embed_media(conform(one_batch(table.combine_chunks()), schema, {}), features, request)
 
 
 def _open_stream(request: SourceRequest, builder: Any | None) -> Any:

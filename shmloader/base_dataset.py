@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import shmloader._native as native
+from shmloader import log_pipe
 from shmloader.collate import collate
 from shmloader.config import MultimodalConfig
 from shmloader.errors import ClosedError, OptionError
@@ -25,6 +26,8 @@ from shmloader.views import Sample
 
 log = logging.getLogger("shmloader")
 
+#: As services write to stderr where nobody reads their records.
+_LOG_FORMAT = "%(asctime)s %(processName)s %(process)d %(levelname)s %(name)s: %(message)s"
 #: A `transform`, or a `process`.
 Function = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -69,10 +72,10 @@ class SharedDataset:
         self.transform = transform
         self.writable = writable
         self.seed = operator.index(seed)
+        _show_log(options.log)
         self._reader = open_set(work, options)
         self._closer = weakref.finalize(self, close_set, self._reader, os.getpid())
         self._closer.atexit = False  # the process's end is noticed without us
-        _show_log(options.log)
         for notice in self._reader.plan.source.notices:
             log.info("%s", notice)
 
@@ -125,6 +128,7 @@ class SharedDataset:
     def stats(self) -> Stats:
         """What the set is doing, now."""
         ring = self._reader.attach()
+        log_pipe.show()
         ring.segment.reap(False)
         raw = ring.segment.stats()
         services = [pid for _, pid, role in ring.segment.clients() if role == native.SERVICE]
@@ -230,4 +234,6 @@ def _show_log(level: str) -> None:
         logger = logging.getLogger("shmloader")
         logger.setLevel(level)
         if not logger.hasHandlers():
-            logger.addHandler(logging.StreamHandler())
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter(_LOG_FORMAT))
+            logger.addHandler(handler)

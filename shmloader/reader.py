@@ -16,6 +16,7 @@ import shmloader._native as native
 from shmloader.errors import ClosedError, PoisonedError
 from shmloader.files import RingFiles
 from shmloader.live_orders import LiveOrder, LivingOrders
+from shmloader.log_pipe import LogPipe, show_if_due
 from shmloader.order import Order
 from shmloader.prefetch.launch import SetFiles, ensure_supervisor
 from shmloader.prefetch.plan import SetPlan, read_plan
@@ -88,6 +89,7 @@ class Reader:
 
     def wait_for(self, rows: Sequence[int], place: Place | None) -> Refs:
         """Where the records of ``rows`` lie, which are at ``place`` of an order (None: of none). As `Ring.get_many`."""
+        show_if_due()
         return self.attach().get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
 
     def attachment(self) -> Attachment:
@@ -125,6 +127,7 @@ class Reader:
     def _tick(self) -> None:
         if self.is_closed:  # by another thread: its descriptors may be another file's by now
             raise self._closed()
+        show_if_due()
         ensure_supervisor(self.files)
         ring = self._ring
         if ring is not None:
@@ -163,12 +166,13 @@ class Reader:
 
     def __getstate__(self) -> dict[str, Any]:
         self.check_can_travel()
-        ring, spill_fd = self.files.ring, self.files.spill_fd
+        ring, spill_fd, log = self.files.ring, self.files.spill_fd, self.files.log
         fds = (*ring.fds, self.files.payload_fd, self.files.plan_fd)
         return {
             "uuid": ring.uuid,
             "fds": [reduction.DupFd(fd) for fd in fds],
             "spill_fd": None if spill_fd is None else reduction.DupFd(spill_fd),
+            "log_fd": None if log is None else reduction.DupFd(log.write_fd),
             "timeout_s": self.timeout_s,
             "owner_pid": self.owner_pid,
             "owner": self.owner,
@@ -177,7 +181,8 @@ class Reader:
     def __setstate__(self, state: dict[str, Any]) -> None:
         control, ring, lock, payload, plan = (fd.detach() for fd in state["fds"])
         spill = None if state["spill_fd"] is None else state["spill_fd"].detach()
-        files = SetFiles(RingFiles(state["uuid"], control, ring, lock), payload, plan, spill)
+        log = None if state["log_fd"] is None else LogPipe(state["log_fd"].detach())
+        files = SetFiles(RingFiles(state["uuid"], control, ring, lock), payload, plan, spill, log)
         set_plan = read_plan(plan)
         assert set_plan is not None
         self.__init__(files, set_plan, state["timeout_s"])  # type: ignore[misc]

@@ -160,7 +160,7 @@ def test_an_error_at_construction_leaves_nothing(tmp_path: Path, leaks: Leaks, k
 def test_an_interrupted_constructor_leaves_nothing(
     tmp_path: Path, leaks: Leaks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(fd: int) -> bytes:
+    def interrupted(fd: int, log: Any) -> bytes:
         wait_until(lambda: services(leaks.kin()))
         raise KeyboardInterrupt
 

@@ -26,8 +26,13 @@ Tree::
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from typing import Any
+
+#: Before the data of an error, in a line of its own of a traceback (`carry_data`).
+_CARRIES = "shmloader.data: "
+_CARRIED = re.compile(rf"^{re.escape(_CARRIES)}(\{{.*\}})\n?", re.MULTILINE)
 
 
 class ShmloaderError(Exception):
@@ -38,6 +43,9 @@ class ShmloaderError(Exception):
     """
 
     def __init__(self, message: str = "", **data: Any) -> None:
+        carried = _CARRIED.findall(message)
+        if carried and not data:  # torch made the message: see carry_data
+            message, data = _CARRIED.sub("", message), json.loads(carried[-1])
         super().__init__(message)
         self.data = data
         self.remote_traceback: str | None = None
@@ -126,6 +134,17 @@ class StaleTokenError(ShmloaderError):
 
 class ClosedError(ShmloaderError):
     """The dataset was closed. Attributes: dataset."""
+
+
+def carry_data(error: ShmloaderError) -> None:
+    """Have the data of ``error`` survive a DataLoader worker's queue; call it in the worker before it is raised.
+
+    What torch sends is the traceback's text, of which it makes the message of a new error of the same class. So the
+    data goes as a note, a line of JSON, into that text, and `ShmloaderError` takes it out again.
+    """
+    data = {name: value for name, value in error.data.items() if _is_plain(value)}
+    if data and not any(note.startswith(_CARRIES) for note in getattr(error, "__notes__", ())):
+        error.add_note(f"{_CARRIES}{json.dumps(data)}")
 
 
 class RemoteTraceback(Exception):

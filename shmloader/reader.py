@@ -13,7 +13,14 @@ from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import shmloader._native as native
-from shmloader.errors import ClosedError, PoisonedError
+from shmloader.errors import (
+    ClosedError,
+    PoisonedError,
+    ServiceError,
+    ShmloaderError,
+    WaitTimeoutError,
+    carry_data,
+)
 from shmloader.files import RingFiles
 from shmloader.live_orders import LiveOrder, LivingOrders
 from shmloader.log_pipe import LogPipe, show_if_due
@@ -90,7 +97,11 @@ class Reader:
     def wait_for(self, rows: Sequence[int], place: Place | None) -> Refs:
         """Where the records of ``rows`` lie, which are at ``place`` of an order (None: of none). As `Ring.get_many`."""
         show_if_due()
-        return self.attach().get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
+        try:
+            return self.attach().get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
+        except ShmloaderError as error:
+            self._complete(error)
+            raise
 
     def attachment(self) -> Attachment:
         """What samples need to be looked into. Before the first one is there, there may be no schema: PoisonedError."""
@@ -120,6 +131,15 @@ class Reader:
             self._ring.leave()
         self._ring = self._attachment = None
         self.files.close()
+
+    def _complete(self, error: ShmloaderError) -> None:
+        """Have ``error`` name source and shard of its row as attributes, and have these survive a worker's queue."""
+        row = error.data.get("row")
+        if isinstance(error, ServiceError | WaitTimeoutError) and isinstance(row, int):
+            plan = self.plan
+            error.data |= {"source": plan.source.name, "shard": plan.shard(row), "row": plan.number(row)}
+        if os.getpid() != self.owner_pid:
+            carry_data(error)
 
     def _closed(self) -> ClosedError:
         return ClosedError(f"The dataset {self.plan.source.name!r} was closed", dataset=self.plan.source.name)
@@ -179,10 +199,10 @@ class Reader:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        control, ring, lock, payload, plan = (fd.detach() for fd in state["fds"])
+        *ring, payload, plan = (fd.detach() for fd in state["fds"])
         spill = None if state["spill_fd"] is None else state["spill_fd"].detach()
         log = None if state["log_fd"] is None else LogPipe(state["log_fd"].detach())
-        files = SetFiles(RingFiles(state["uuid"], control, ring, lock), payload, plan, spill, log)
+        files = SetFiles(RingFiles(state["uuid"], *ring), payload, plan, spill, log)
         set_plan = read_plan(plan)
         assert set_plan is not None
         self.__init__(files, set_plan, state["timeout_s"])  # type: ignore[misc]

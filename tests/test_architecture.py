@@ -16,7 +16,7 @@ RANKS = [
     {"errors"},
     {"options", "config", "sample", "permutation", "mixture", "order", "sizes"},
     {"sources", "processors", "_native"},
-    {"files", "spill_file", "log_pipe"},
+    {"files", "spill_file", "log_pipe", "deaths"},
     {"guest"},
     {"ring"},
     {"writer"},

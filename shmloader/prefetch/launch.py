@@ -51,6 +51,7 @@ class SetFiles:
             "control": ring.control_fd,
             "ring": ring.ring_fd,
             "lock": ring.lock_fd,
+            "deaths": ring.deaths_fd,
             "payload": self.payload_fd,
             "plan": self.plan_fd,
         }

@@ -178,7 +178,7 @@ def _decode_by_pillow(data: Encoded) -> Pixels:
                 grey = (np.asarray(image) >> 8).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)
             return np.asarray(image.convert("RGB"))
-    except DecodeError:
+    except (DecodeError, MemoryError):  # for want of memory nothing is wrong with the image: it is tried again
         raise
     except Exception as error:  # its plug-ins raise OSError, SyntaxError, ValueError, struct.error and more
         raise DecodeError(f"the image cannot be decoded: {_reason(error)}") from error

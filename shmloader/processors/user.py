@@ -63,11 +63,11 @@ class UserProcessor:
 
         Raises:
             ProcessError: it raised or returned something else.
-            DecodeError: it let one of `decode_image` pass.
+            DecodeError: it let one of `decode_image` pass. MemoryError: there was no memory.
         """
         try:
             sample = self.process(row)
-        except DecodeError:
+        except (DecodeError, MemoryError):  # for want of memory another process tries again
             raise
         except Exception as error:
             raise ProcessError(f"process raised {type(error).__name__}: {error}") from error
@@ -209,6 +209,8 @@ def _tensor(name: str, value: Any) -> Array:
         value = value.detach()
     try:
         array = value.numpy()
+    except MemoryError:
+        raise
     except Exception as error:
         raise _error(name, f"is a {type(value).__name__} that has no numpy form: {error}") from error
     return np.asarray(array)

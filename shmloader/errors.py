@@ -97,7 +97,7 @@ class DecodeError(SampleError):
 
 
 class ProcessError(SampleError):
-    """The user's ``process`` failed or returned nonsense. Attributes: source, shard, row, field."""
+    """The user's ``process`` failed or returned nonsense. Attributes: source, shard, row, field, expected, got."""
 
 
 class RingError(ShmloaderError):
@@ -121,11 +121,14 @@ class PoisonedError(RingError):
 
 
 class ServiceError(ShmloaderError):
-    """A supervisor or prefetcher could not start or go on. Attributes: role, pid, output."""
+    """A supervisor or prefetcher could not start or go on. Attributes: role; pid, status (its exit status).
+
+    Where prefetchers died over a row or a chunk: source, shard, row, chunk, deaths (how each ended, in words).
+    """
 
 
 class WaitTimeoutError(ShmloaderError, TimeoutError):
-    """Nothing moved while a reader waited. Attributes: row, waited_s."""
+    """Nothing moved while a reader waited. Attributes: source, shard, row, waited_s."""
 
 
 class StaleTokenError(ShmloaderError):

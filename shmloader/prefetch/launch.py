@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import select
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,6 +135,13 @@ def _supervisor(files: SetFiles, answer: str) -> Iterator[int]:
         try:
             # It forks at once; what we wait for is the launcher, so that no zombie stays with the user's process.
             spawn("supervisor", files.fds() | {answer: writer}).wait()
+        except OSError as error:
+            raise ServiceError(
+                f"The set's supervisor process cannot be started: {error}. It is run by {sys.executable!r}: see that "
+                "this is a Python interpreter (sys.executable), and that memory and processes are not used up (ulimit "
+                "-u).",
+                role="supervisor",
+            ) from error
         finally:
             os.close(writer)
         yield reader

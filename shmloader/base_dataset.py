@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Self
 
 import shmloader._native as native
+from shmloader import log_pipe
 from shmloader.collate import PADDED, Lengths, collate_as
 from shmloader.config import MultimodalConfig
 from shmloader.errors import ClosedError, OptionError
@@ -27,6 +28,8 @@ from shmloader.views import Sample
 
 log = logging.getLogger("shmloader")
 
+#: As services write to stderr where nobody reads their records.
+_LOG_FORMAT = "%(asctime)s %(processName)s %(process)d %(levelname)s %(name)s: %(message)s"
 #: A `transform`, or a `process`.
 Function = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -72,6 +75,7 @@ class SharedDataset:
         self.transform = transform
         self.writable = writable
         self.seed = operator.index(seed)
+        _show_log(options.log)
         self._reader = open_set(work, options)
         try:
             self._reader.name_fields(names)
@@ -80,7 +84,6 @@ class SharedDataset:
             raise
         self._closer = weakref.finalize(self, close_set, self._reader, os.getpid())
         self._closer.atexit = False  # the process's end is noticed without us
-        _show_log(options.log)
         for notice in self._reader.plan.source.notices:
             log.info("%s", notice)
 
@@ -166,6 +169,7 @@ class SharedDataset:
     def stats(self) -> Stats:
         """What the set is doing, now."""
         ring = self._reader.attach()
+        log_pipe.show()
         ring.segment.reap(False)
         raw = ring.segment.stats()
         services = [pid for _, pid, role in ring.segment.clients() if role == native.SERVICE]
@@ -271,4 +275,6 @@ def _show_log(level: str) -> None:
         logger = logging.getLogger("shmloader")
         logger.setLevel(level)
         if not logger.hasHandlers():
-            logger.addHandler(logging.StreamHandler())
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter(_LOG_FORMAT))
+            logger.addHandler(handler)

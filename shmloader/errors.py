@@ -26,8 +26,13 @@ Tree::
 from __future__ import annotations
 
 import json
+import re
 import traceback
 from typing import Any
+
+#: Before the data of an error, in a line of its own of a traceback (`carry_data`).
+_CARRIES = "shmloader.data: "
+_CARRIED = re.compile(rf"^{re.escape(_CARRIES)}(\{{.*\}})\n?", re.MULTILINE)
 
 
 class ShmloaderError(Exception):
@@ -38,6 +43,9 @@ class ShmloaderError(Exception):
     """
 
     def __init__(self, message: str = "", **data: Any) -> None:
+        carried = _CARRIED.findall(message)
+        if carried and not data:  # torch made the message: see carry_data
+            message, data = _CARRIED.sub("", message), json.loads(carried[-1])
         super().__init__(message)
         self.data = data
         self.remote_traceback: str | None = None
@@ -89,7 +97,7 @@ class DecodeError(SampleError):
 
 
 class ProcessError(SampleError):
-    """The user's ``process`` failed or returned nonsense. Attributes: source, shard, row, field."""
+    """The user's ``process`` failed or returned nonsense. Attributes: source, shard, row, field, expected, got."""
 
 
 class RingError(ShmloaderError):
@@ -113,11 +121,14 @@ class PoisonedError(RingError):
 
 
 class ServiceError(ShmloaderError):
-    """A supervisor or prefetcher could not start or go on. Attributes: role, pid, output."""
+    """A supervisor or prefetcher could not start or go on. Attributes: role; pid, status (its exit status).
+
+    Where prefetchers died over a row or a chunk: source, shard, row, chunk, deaths (how each ended, in words).
+    """
 
 
 class WaitTimeoutError(ShmloaderError, TimeoutError):
-    """Nothing moved while a reader waited. Attributes: row, waited_s."""
+    """Nothing moved while a reader waited. Attributes: source, shard, row, waited_s."""
 
 
 class StaleTokenError(ShmloaderError):
@@ -126,6 +137,17 @@ class StaleTokenError(ShmloaderError):
 
 class ClosedError(ShmloaderError):
     """The dataset was closed. Attributes: dataset."""
+
+
+def carry_data(error: ShmloaderError) -> None:
+    """Have the data of ``error`` survive a DataLoader worker's queue; call it in the worker before it is raised.
+
+    What torch sends is the traceback's text, of which it makes the message of a new error of the same class. So the
+    data goes as a note, a line of JSON, into that text, and `ShmloaderError` takes it out again.
+    """
+    data = {name: value for name, value in error.data.items() if _is_plain(value)}
+    if data and not any(note.startswith(_CARRIES) for note in getattr(error, "__notes__", ())):
+        error.add_note(f"{_CARRIES}{json.dumps(data)}")
 
 
 class RemoteTraceback(Exception):

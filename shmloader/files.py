@@ -42,6 +42,7 @@ class RingFiles:
     control_fd: int
     ring_fd: int
     lock_fd: int
+    deaths_fd: int
 
     @classmethod
     def create(cls) -> RingFiles:
@@ -49,7 +50,7 @@ class RingFiles:
         name = str(uuid_module.uuid4())
         fds: list[int] = []
         try:
-            for part in ("control", "ring", "lock"):
+            for part in ("control", "ring", "lock", "deaths"):
                 fds.append(_memfd(f"shmloader-{part}-{name[:8]}"))
         except BaseException:
             for fd in fds:
@@ -63,9 +64,9 @@ class RingFiles:
         return os.fstat(self.ring_fd).st_size
 
     @property
-    def fds(self) -> tuple[int, int, int]:
+    def fds(self) -> tuple[int, int, int, int]:
         """All descriptors, for a child process to inherit."""
-        return (self.control_fd, self.ring_fd, self.lock_fd)
+        return (self.control_fd, self.ring_fd, self.lock_fd, self.deaths_fd)
 
     def close(self) -> None:
         """Close the descriptors. Locks that this process holds on the lock inode are gone with it."""

@@ -6,6 +6,7 @@ import os
 import warnings
 
 from shmloader.files import RingFiles
+from shmloader.log_pipe import LogPipe
 from shmloader.options import DEFAULT_RING_SHARE, ByteSize, Options, parse_size
 from shmloader.prefetch.launch import SetFiles, start_set
 from shmloader.prefetch.payload import Work, write
@@ -40,6 +41,7 @@ def open_set(work: Work, options: Options) -> Reader:
         "log": options.log,
     }
     fds: list[int] = []
+    pipe: LogPipe | None = None
     reader: Reader | None = None
     try:
         spill = make_spill_file(options, _given_bytes)
@@ -48,7 +50,8 @@ def open_set(work: Work, options: Options) -> Reader:
         head |= {"spill_bytes": spill.num_bytes, "spill_dir": spill.folder, "why_no_spill": spill.why_not}
         fds.append(payload_fd := write(work, head))
         fds.append(plan_fd := os.memfd_create("shmloader-plan", os.MFD_CLOEXEC))
-        files = SetFiles(ring_files, payload_fd, plan_fd, spill.fd)
+        pipe = LogPipe.make()
+        files = SetFiles(ring_files, payload_fd, plan_fd, spill.fd, pipe)
         plan = start_set(files)
         open_batch_ring()
         reader = Reader(files, plan, options.timeout_s)
@@ -62,6 +65,8 @@ def open_set(work: Work, options: Options) -> Reader:
         else:
             for fd in (*ring_files.fds, *fds):
                 os.close(fd)
+            if pipe is not None:
+                pipe.close()
         raise
     if options.ring_bytes is None:
         record_bytes = plan.schema.most_record_bytes() if plan.schema is not None else None

@@ -13,10 +13,18 @@ from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import shmloader._native as native
-from shmloader.errors import ClosedError, PoisonedError
+from shmloader.errors import (
+    ClosedError,
+    PoisonedError,
+    ServiceError,
+    ShmloaderError,
+    WaitTimeoutError,
+    carry_data,
+)
 from shmloader.files import RingFiles
 from shmloader.keys import Face, Keys
 from shmloader.live_orders import LiveOrder, LivingOrders
+from shmloader.log_pipe import LogPipe, show_if_due
 from shmloader.order import Order
 from shmloader.prefetch.launch import SetFiles, ensure_supervisor
 from shmloader.prefetch.plan import SetPlan, read_plan
@@ -106,7 +114,12 @@ class Reader:
 
     def wait_for(self, rows: Sequence[int], place: Place | None) -> Refs:
         """Where the records of ``rows`` lie, which are at ``place`` of an order (None: of none). As `Ring.get_many`."""
-        return self.attach().get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
+        show_if_due()
+        try:
+            return self.attach().get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
+        except ShmloaderError as error:
+            self._complete(error)
+            raise
 
     def attachment(self) -> Attachment:
         """What samples need to be looked into. Raises as `face`; PoisonedError: there is no schema, so no sample."""
@@ -140,12 +153,22 @@ class Reader:
         self._ring = self._attachment = None
         self.files.close()
 
+    def _complete(self, error: ShmloaderError) -> None:
+        """Have ``error`` name source and shard of its row as attributes, and have these survive a worker's queue."""
+        row = error.data.get("row")
+        if isinstance(error, ServiceError | WaitTimeoutError) and isinstance(row, int):
+            plan = self.plan
+            error.data |= {"source": plan.source.name, "shard": plan.shard(row), "row": plan.number(row)}
+        if os.getpid() != self.owner_pid:
+            carry_data(error)
+
     def _closed(self) -> ClosedError:
         return ClosedError(f"The dataset {self.plan.source.name!r} was closed", dataset=self.plan.source.name)
 
     def _tick(self) -> None:
         if self.is_closed:  # by another thread: its descriptors may be another file's by now
             raise self._closed()
+        show_if_due()
         ensure_supervisor(self.files)
         ring = self._ring
         if ring is not None:
@@ -176,12 +199,13 @@ class Reader:
 
     def __getstate__(self) -> dict[str, Any]:
         self.check_can_travel()
-        ring, spill_fd = self.files.ring, self.files.spill_fd
+        ring, spill_fd, log = self.files.ring, self.files.spill_fd, self.files.log
         fds = (*ring.fds, self.files.payload_fd, self.files.plan_fd)
         return {
             "uuid": ring.uuid,
             "fds": [reduction.DupFd(fd) for fd in fds],
             "spill_fd": None if spill_fd is None else reduction.DupFd(spill_fd),
+            "log_fd": None if log is None else reduction.DupFd(log.write_fd),
             "timeout_s": self.timeout_s,
             "owner_pid": self.owner_pid,
             "owner": self.owner,
@@ -189,9 +213,10 @@ class Reader:
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        control, ring, lock, payload, plan = (fd.detach() for fd in state["fds"])
+        *ring, payload, plan = (fd.detach() for fd in state["fds"])
         spill = None if state["spill_fd"] is None else state["spill_fd"].detach()
-        files = SetFiles(RingFiles(state["uuid"], control, ring, lock), payload, plan, spill)
+        log = None if state["log_fd"] is None else LogPipe(state["log_fd"].detach())
+        files = SetFiles(RingFiles(state["uuid"], *ring), payload, plan, spill, log)
         set_plan = read_plan(plan)
         assert set_plan is not None
         self.__init__(files, set_plan, state["timeout_s"])  # type: ignore[misc]

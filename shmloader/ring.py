@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import shmloader._native as native
+from shmloader.deaths import Deaths, killed_by_chunk, killed_by_row
 from shmloader.errors import ClosedError, RingError, ServiceError, ShmloaderError, WaitTimeoutError, from_wire
 from shmloader.files import RingFiles, boot_id, pid_namespace
 from shmloader.guest import REF, GuestBatch, copy_error
@@ -282,7 +283,7 @@ class Ring:
             if status == native.BROKEN:
                 return self._fatal() or self._chunk_error(row, chunk, describe)
             if status == native.ASIDE:
-                return _killer(row, describe)
+                return killed_by_row(Deaths(self.files.deaths_fd), row, describe)
         return None
 
     def _error_of(self, record: int) -> ShmloaderError | None:
@@ -297,16 +298,7 @@ class Ring:
 
     def _chunk_error(self, row: int, chunk: int, describe: Callable[[int], str]) -> ShmloaderError:
         told = self._error_of(native.CHUNK_ERROR | chunk)
-        if told is not None:
-            return told
-        return ServiceError(
-            f"{describe(row)} cannot be read: each of the {native.MAX_ATTEMPTS} prefetch processes that tried to fetch "
-            "its chunk died without an error (killed, out of memory, or crashed in a reader). Their output on stderr "
-            "or the kernel's log may say why.",
-            role="prefetcher",
-            row=row,
-            chunk=chunk,
-        )
+        return told or killed_by_chunk(Deaths(self.files.deaths_fd), row, chunk, describe)
 
     def _fatal(self) -> ShmloaderError | None:
         """Why nothing more will come."""
@@ -366,16 +358,6 @@ def _no_slot(role: int) -> RingError:
         "clients. Only a worker can read without one, since a set lives as long as those that own and serve it: end "
         "workers of this dataset (fewer num_workers), or make a dataset of its own for this process.",
         clients=native.MAX_CLIENTS,
-    )
-
-
-def _killer(row: int, describe: Callable[[int], str]) -> ServiceError:
-    return ServiceError(
-        f"{describe(row)} cannot be processed: each of the {native.MAX_ATTEMPTS} prefetch processes that tried died "
-        "without an error (killed, out of memory, or crashed in a decoder). Their output on stderr or the kernel's log "
-        "may say why; `process=` can replace the decoder.",
-        role="prefetcher",
-        row=row,
     )
 
 

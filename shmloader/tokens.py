@@ -24,6 +24,7 @@ from torch.utils.data import get_worker_info
 
 import shmloader._native as native
 from shmloader.errors import StaleTokenError
+from shmloader.log_pipe import show_if_due
 from shmloader.packed import pack, unpacked
 from shmloader.ring import JOIN_S, memory_limits
 from shmloader.views import JaggedPart, Part, Sample, WorkerBatch, tensor_in
@@ -263,6 +264,7 @@ def _reduce_sample(sample: Sample) -> tuple[Any, ...]:
 
 
 def _receive_inline(names: list[str], tensors: dict[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+    show_if_due()
     ring = batch_ring()
     if ring is not None:
         ring.counters.inline += 1
@@ -282,6 +284,7 @@ def _receive(
     Raises:
         StaleTokenError: the slot is not what was sent any more.
     """
+    show_if_due()
     uuid, slot, limit = token
     ring = batch_ring()
     held = ring.ring.adopt(slot) if ring is not None and ring.uuid == uuid else None

@@ -239,7 +239,8 @@ def script(folder: Path, source: str, *args: str, **kwargs: Any) -> Iterator[sub
     """A Python script at work, with pipes; killed at the end of the block."""
     path = folder / "script.py"
     path.write_text(source)
-    env = {**os.environ, "PYTHONPATH": str(TESTS), **kwargs.pop("env", {})}
+    found_at = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": found_at, **kwargs.pop("env", {})}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **kwargs.pop("pipes", {})}
     command = [sys.executable, *kwargs.pop("flags", []), str(path), *args]
     with subprocess.Popen(command, text=True, env=env, **pipes, **kwargs) as process:

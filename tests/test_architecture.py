@@ -16,7 +16,7 @@ RANKS = [
     {"errors"},
     {"options", "config", "sample", "keys", "permutation", "mixture", "order", "sizes"},
     {"sources", "processors", "_native"},
-    {"files", "spill_file"},
+    {"files", "spill_file", "log_pipe", "deaths"},
     {"guest"},
     {"ring"},
     {"writer"},

@@ -29,7 +29,7 @@ from support_sets import (
 from torch.utils.data import DataLoader
 
 from shmloader import MultimodalConfig, Options, ShmMultimodalDataset
-from shmloader.errors import ShmloaderError
+from shmloader.errors import ServiceError, ShmloaderError
 
 OPTIONS = Options(ring_bytes="1MiB", prefetchers=1, timeout_s=30)
 
@@ -160,7 +160,7 @@ def test_an_error_at_construction_leaves_nothing(tmp_path: Path, leaks: Leaks, k
 def test_an_interrupted_constructor_leaves_nothing(
     tmp_path: Path, leaks: Leaks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(fd: int) -> bytes:
+    def interrupted(fd: int, log: Any) -> bytes:
         wait_until(lambda: services(leaks.kin()))
         raise KeyboardInterrupt
 
@@ -174,7 +174,7 @@ def test_a_service_that_cannot_be_started_leaves_nothing(
     tmp_path: Path, leaks: Leaks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(OSError, match="/nowhere/python"):
+    with pytest.raises(ServiceError, match="/nowhere/python"):
         ShmMultimodalDataset(dataset_name=write_numbers(tmp_path / "d", 8), process=number, options=OPTIONS)
     leaks.check()
 

@@ -116,11 +116,10 @@ def test_where_all_fits_nothing_is_spilled(pictures_path: str) -> None:
     ],
 )
 def test_the_log_says_where_chunks_are_kept(
-    pictures_path: str, capfd: Any, monkeypatch: pytest.MonkeyPatch, spill_bytes: Any, line: str
+    pictures_path: str, caplog: pytest.LogCaptureFixture, spill_bytes: Any, line: str
 ) -> None:
-    monkeypatch.setattr("shmloader.base_dataset._show_log", lambda level: None)  # only that of the services
-    with opened_small(pictures_path, spill_bytes=spill_bytes, log="INFO"):
-        assert capfd.readouterr().err.count(line) == 1
+    with caplog.at_level("INFO", "shmloader"), opened_small(pictures_path, spill_bytes=spill_bytes, log="INFO"):
+        assert caplog.text.count(line) == 1
 
 
 def test_of_a_hub_every_chunk_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

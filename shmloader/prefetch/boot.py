@@ -28,21 +28,23 @@ def main() -> None:
     with contextlib.suppress(OSError):  # relative names are those of the process that made the set
         os.chdir(head["cwd"])
 
+    import faulthandler
+    import importlib
     import logging
 
-    logging.basicConfig(
-        level=head["log"],
-        format=f"%(asctime)s shmloader {role} %(process)d %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
-    import importlib
+    from shmloader.prefetch import service_log
 
+    faulthandler.enable()  # a decoder that crashes leaves its stack on stderr
+    service_log.set_up(role, head["log"], fds.get("log"))
     if role != "supervisor":
         import shmloader._native as native
 
         if not native.die_with_parent(int(sys.argv[3])):
             return
+    log = logging.getLogger(f"shmloader.{role}")
+    log.debug("started by process %s", sys.argv[3])
     importlib.import_module(f"shmloader.prefetch.{role}").main(fds, head)
+    log.debug("ended")
 
 
 if __name__ == "__main__":

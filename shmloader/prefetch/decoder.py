@@ -15,10 +15,12 @@ import pyarrow as pa
 
 import shmloader._native as native
 from shmloader import processors
+from shmloader.deaths import Deaths
 from shmloader.errors import ProcessError, RecordTooLargeError, RingError, SampleError, ShmloaderError
-from shmloader.prefetch.plan import SetPlan
+from shmloader.prefetch.plan import SetPlan, describe_fields
 from shmloader.prefetch.schedule import DecodeSchedule, Task
 from shmloader.prefetch.store import Pinned, RawStore, batches_of
+from shmloader.prefetch.want_of_memory import end_process, is_want_of_memory
 from shmloader.processors.base import Processor, Rows
 from shmloader.processors.user import UserProcessor
 from shmloader.ring import Ring
@@ -54,8 +56,11 @@ class Decoder:
     ) -> None:
         self._segment, self._writer, self._store, self._schedule = ring.segment, writer, store, schedule
         self._plan, self._processors = plan, built
+        self._ring, self._deaths, self._is_noted = ring, Deaths(ring.files.deaths_fd), False
         self._layouts: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[RecordLayout, bytes]] = {}
         self._row_s = 0.0
+        self.num_rows = 0
+        """Rows of which there is a record now, by this process."""
         self.busy_s = self._waited_s = 0.0
         """Time spent in tasks, and of the present one waiting for room."""
         self.schema = plan.schema
@@ -75,6 +80,7 @@ class Decoder:
             RingError: nothing more can be done, by anybody.
         """
         began, left = time.monotonic(), {row for _, row in task.rows}
+        self._note(task)
         self._waited_s = 0.0
         pinned = self._store.pin(sorted({chunk for chunk, _ in task.rows}))
         num_rows = 0
@@ -95,12 +101,20 @@ class Decoder:
         finally:
             pinned.release()
             self._schedule.give_back(task, sorted(left))
+            self.num_rows += num_rows
             elapsed = time.monotonic() - began - self._waited_s
             self.busy_s += elapsed
             self._segment.count_decoding(int(elapsed * 1e9))
             if num_rows:
                 mean = elapsed / num_rows
                 self._row_s = mean if not self._row_s else 0.7 * self._row_s + 0.3 * mean
+
+    def _note(self, task: Task) -> None:
+        """Write down the row, if it is one alone, for whom its decoder dies over it."""
+        row = task.rows[0][1] if len(task.rows) == 1 else None
+        if row is not None or self._is_noted:
+            self._deaths.note_row(self._ring.slot, row)
+            self._is_noted = row is not None
 
     def _put_failures(self, task: Task, pinned: Pinned) -> Iterator[int]:
         """The rows that cannot be read, of each of which it is told why."""
@@ -137,6 +151,8 @@ class Decoder:
         except (NoRoom, RingError):
             raise
         except Exception as error:
+            if is_want_of_memory(error):  # here: the task is to be given back by our death
+                end_process(self._ring, error)
             self._put_error(row, self._placed(error, row), stamp, urgent)
 
     def _make(self, row: int, i: int, begun: Sequence[Rows], stamp: Stamp | None, urgent: bool) -> None:
@@ -156,8 +172,9 @@ class Decoder:
             arrays = layout.arrays(record)
             for rows in begun:
                 rows.write(i, arrays)
-        except BaseException:
-            self._writer.abort(ticket)
+        except BaseException as error:
+            if not is_want_of_memory(error):  # else our death gives it back, and counts
+                self._writer.abort(ticket)
             raise
         self._writer.commit(ticket)
 
@@ -213,7 +230,8 @@ class Decoder:
         text = schema.to_json().encode()
         if len(text) > native.TEXT_BYTES:
             raise ProcessError(f"process returns {len(schema.fields)} fields: too many to describe in 32 KiB")
-        self._segment.text_put(native.TEXT_SCHEMA, text)
+        if self._segment.text_put(native.TEXT_SCHEMA, text) != native.EXISTS:
+            log.debug("fields of a sample, as the first row has them: %s", describe_fields(schema))
         return self._adopt() != schema
 
     def _adopt(self) -> Schema:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
 import shmloader._native as native
+from shmloader.deaths import Deaths
 from shmloader.errors import RecordTooLargeError, RingError, ServiceError, ShmloaderError
+from shmloader.options import size_text
 from shmloader.prefetch.fetch_schedule import Pick, Schedule, Why
 from shmloader.prefetch.held import Held
 from shmloader.prefetch.lookahead import Pace
 from shmloader.prefetch.plan import SetPlan
 from shmloader.prefetch.refetch import Refetches
 from shmloader.prefetch.store import RawStore
+from shmloader.prefetch.want_of_memory import end_process, is_want_of_memory
 from shmloader.sources.base import Chunk, Reader
 from shmloader.writer import NoRoom, Writer
 
@@ -37,6 +41,7 @@ class _Fetched:
 
     pick: Pick
     batches: list[pa.RecordBatch]
+    read_s: float
 
     @property
     def num_bytes(self) -> int:
@@ -64,6 +69,7 @@ class Fetcher:
     ) -> None:
         self._segment, self._writer, self._store, self._schedule = segment, writer, store, schedule
         self._plan, self._reader = plan, reader
+        self._deaths = Deaths(writer.ring.files.deaths_fd)
         self._waiting: _Fetched | None = None
         self._held = Held(segment, most_held_bytes)
         source = plan.source
@@ -106,6 +112,8 @@ class Fetcher:
         except Exception as error:
             if self._is_stopped.is_set():  # the process is about to end
                 return
+            if is_want_of_memory(error):
+                end_process(self._writer.ring, error)
             log.error("%s", error, exc_info=not isinstance(error, ShmloaderError))
             self._writer.put_fatal(error)
             self._segment.work_tell()  # the thread that decodes sees it
@@ -138,23 +146,27 @@ class Fetcher:
     def _fetch(self, pick: Pick) -> bool:
         """Read the chunk and put it; False: it has no room, and waits for it."""
         chunk = self._chunk_of(pick)
+        slot, began = self._writer.ring.slot, time.monotonic()
+        self._deaths.note_chunk(slot, pick.chunk)
         try:
             batches = self._read(chunk)
-        except RingError:
+        except (RingError, MemoryError):
             raise
         except Exception as error:
             if self._schedule.read(pick.chunk, False):
                 log.error("chunk %d: %s", pick.chunk, error, exc_info=not isinstance(error, ShmloaderError))
             self._give_up_for_ever(pick, error)
             return True
+        self._deaths.note_chunk(slot, None)
         self._schedule.read(pick.chunk, True)
         if pick.rows is not None and not batches:  # the stream had ended before it, or is not needed any more
             self._segment.chunk_end(pick.chunk, native.FETCH_GIVEN_UP)
             return True
-        fetched = _Fetched(pick, batches)
+        fetched = _Fetched(pick, batches, time.monotonic() - began)
         self._segment.count_fetched(fetched.num_bytes)
         if self._put(fetched, is_first=True):
             return True
+        log.debug("chunk %d has no room now: %s encoded", pick.chunk, size_text(fetched.num_bytes))
         if self._waiting is None and (pick.why is not Why.PASSING or pick.stays):
             self._waiting = fetched
             return False
@@ -187,6 +199,8 @@ class Fetcher:
                 num_bytes = self._store.put(pick.chunk, fetched.batches, pick.stamp, True)
         except NoRoom:
             return False
+        except MemoryError:
+            raise
         except pa.ArrowException as error:  # what was read cannot be written
             log.error("chunk %d", pick.chunk, exc_info=True)
             self._give_up_for_ever(pick, error)
@@ -205,7 +219,15 @@ class Fetcher:
     def _end(self, fetched: _Fetched, is_on_disk: bool) -> None:
         pick = fetched.pick
         self._segment.chunk_end(pick.chunk, native.FETCH_OK)
-        row_bytes = fetched.num_bytes / max(sum(batch.num_rows for batch in fetched.batches), 1)
+        num_rows = sum(batch.num_rows for batch in fetched.batches)
+        row_bytes = fetched.num_bytes / max(num_rows, 1)
+        if log.isEnabledFor(logging.DEBUG):
+            why, where = pick.why.name.lower(), "on disk" if is_on_disk else "in memory"
+            size = size_text(fetched.num_bytes)
+            log.debug(
+                "chunk %d (%s): %d rows, %s, read in %.3f s, kept %s",
+                pick.chunk, why, num_rows, size, fetched.read_s, where,
+            )  # fmt: skip
         self._refetches.note(pick.chunk, row_bytes, pick.urgent, not is_on_disk and self._is_for_disk(pick))
 
     def _chunk_of(self, pick: Pick) -> Chunk:

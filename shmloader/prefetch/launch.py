@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import select
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import shmloader._native as native
 from shmloader.errors import ServiceError, from_wire
 from shmloader.files import CREATOR_BYTE, STARTER_BYTE, SUPERVISOR_BYTE, RingFiles
+from shmloader.log_pipe import LogPipe
 from shmloader.prefetch.plan import SetPlan, read_plan
 from shmloader.prefetch.spawn import spawn
 
@@ -40,6 +42,8 @@ class SetFiles:
     plan_fd: int
     spill_fd: int | None = None
     """Of the file for encoded chunks on disk (spill_file.py); None: there is none."""
+    log: LogPipe | None = None
+    """What the services log; None: they write it to stderr."""
 
     def fds(self) -> dict[str, int]:
         """Descriptors by name, as a service takes them."""
@@ -48,10 +52,15 @@ class SetFiles:
             "control": ring.control_fd,
             "ring": ring.ring_fd,
             "lock": ring.lock_fd,
+            "deaths": ring.deaths_fd,
             "payload": self.payload_fd,
             "plan": self.plan_fd,
         }
-        return fds if self.spill_fd is None else {**fds, "spill": self.spill_fd}
+        if self.spill_fd is not None:
+            fds["spill"] = self.spill_fd
+        if self.log is not None:
+            fds["log"] = self.log.write_fd
+        return fds
 
     def close(self) -> None:
         """Close them all."""
@@ -60,6 +69,8 @@ class SetFiles:
         os.close(self.plan_fd)
         if self.spill_fd is not None:
             os.close(self.spill_fd)
+        if self.log is not None:
+            self.log.close()
 
 
 def start_set(files: SetFiles) -> SetPlan:
@@ -71,7 +82,7 @@ def start_set(files: SetFiles) -> SetPlan:
     # Until this process is a client, this says that it lives. Given up by closing the files, or by dying.
     fcntl.lockf(files.ring.lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, CREATOR_BYTE)
     with _supervisor(files, "status") as reader:
-        answer = _read_line(reader)
+        answer = _read_line(reader, files.log)
     if not answer:
         raise ServiceError(
             "The supervisor process died while it was starting; what it wrote to stderr may say why. "
@@ -124,6 +135,13 @@ def _supervisor(files: SetFiles, answer: str) -> Iterator[int]:
         try:
             # It forks at once; what we wait for is the launcher, so that no zombie stays with the user's process.
             spawn("supervisor", files.fds() | {answer: writer}).wait()
+        except OSError as error:
+            raise ServiceError(
+                f"The set's supervisor process cannot be started: {error}. It is run by {sys.executable!r}: see that "
+                "this is a Python interpreter (sys.executable), and that memory and processes are not used up (ulimit "
+                "-u).",
+                role="supervisor",
+            ) from error
         finally:
             os.close(writer)
         yield reader
@@ -137,11 +155,24 @@ def _is_readable(fd: int, timeout_s: float) -> bool:
     return bool(poll.poll(timeout_s * 1000))
 
 
-def _read_line(fd: int) -> bytes:
-    """What comes until the end of a line, or of the pipe: a process forked meanwhile may hold that open."""
+def _read_line(fd: int, log: LogPipe | None) -> bytes:
+    """What comes until the end of a line, or of the pipe: a process forked meanwhile may hold that open.
+
+    Meanwhile what the services log is shown: a plan may take long.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    if log is not None:
+        poll.register(log.read_fd, select.POLLIN)
     data = b""
-    while not data.endswith(b"\n") and (chunk := os.read(fd, 1 << 16)):
-        data += chunk
+    while not data.endswith(b"\n"):
+        ready = dict(poll.poll())
+        if log is not None:
+            log.show()
+        if fd in ready:
+            if not (chunk := os.read(fd, 1 << 16)):
+                break
+            data += chunk
     return data
 
 

@@ -58,6 +58,12 @@ class SetPlan:
         return f"row {self.number(row)} of {self.source.name!r} (split {self.source.split!r}, shard {shard!r})"
 
 
+def describe_fields(schema: Schema) -> str:
+    """The fields of a sample, for the log: name, dtype and shape of each."""
+    shapes = (", ".join("any" if n is None else str(n) for n in field.shape) for field in schema.fields)
+    return ", ".join(f"{f.name} {f.dtype} [{shape}]" for f, shape in zip(schema.fields, shapes, strict=True))
+
+
 def write_plan(fd: int, plan: SetPlan) -> None:
     """Store ``plan`` in the (empty) plan memfd."""
     source, schema = plan.source, plan.schema

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Any
 
 from shmloader.errors import to_wire
 from shmloader.prefetch.payload import read_work
-from shmloader.prefetch.plan import SetPlan, write_plan
+from shmloader.prefetch.plan import SetPlan, describe_fields, write_plan
 from shmloader.prefetch.plan_file import write_failure
+
+log = logging.getLogger("shmloader.planner")
 
 
 def make_plan(fds: dict[str, int], window_bytes: int) -> SetPlan:
@@ -15,12 +19,22 @@ def make_plan(fds: dict[str, int], window_bytes: int) -> SetPlan:
     from shmloader import processors
     from shmloader.sources import make_plan as plan_source
 
+    began = time.monotonic()
     work = read_work(fds["payload"])
+    loaded = time.monotonic()
+    log.debug("what the payload needs was loaded in %.2f s", loaded - began)
     source = plan_source(work.request)
+    num_rows = "an unknown number of" if source.num_rows is None else source.num_rows
+    log.debug(
+        "plan of %r, split %r: %s rows in %d chunks of %d shards, mode %r, made in %.2f s",
+        source.name, source.split, num_rows, len(source.chunks), len(source.shards), source.mode,
+        time.monotonic() - loaded,
+    )  # fmt: skip
     schema = None
     if work.process is None:
         built = processors.build(source.columns, work.config, work.tokenizer, None)
         schema = processors.schema_of(built, source.name)
+        log.debug("fields of a sample: %s", describe_fields(schema))
     return SetPlan(source, schema, window_bytes)
 
 
@@ -29,4 +43,5 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
     try:
         write_plan(fds["plan"], make_plan(fds, head["window_bytes"]))
     except (Exception, SystemExit) as error:
+        log.debug("there is no plan: %s", type(error).__name__)  # what it says goes to who asked for it
         write_failure(fds["plan"], to_wire(error))

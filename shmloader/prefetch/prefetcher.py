@@ -24,6 +24,7 @@ import pyarrow as pa
 
 import shmloader._native as native
 from shmloader import processors
+from shmloader.deaths import Deaths
 from shmloader.errors import ShmloaderError
 from shmloader.files import RingFiles
 from shmloader.prefetch.cut import ClosedCut, Cut, OpenCut, PlaceRows
@@ -39,6 +40,7 @@ from shmloader.prefetch.schedule import DecodeSchedule
 from shmloader.prefetch.spill import Spill
 from shmloader.prefetch.store import RawStore
 from shmloader.prefetch.stream_schedule import LendingReader, StreamSchedule
+from shmloader.prefetch.want_of_memory import end_process, is_want_of_memory
 from shmloader.processors.base import Processor
 from shmloader.ring import Ring
 from shmloader.sizes import OPEN_AHEAD_BYTES, raw_budget
@@ -51,6 +53,9 @@ log = logging.getLogger("shmloader.prefetcher")
 
 #: How long the fetching thread is waited for at the end: it may hang in a read.
 STOP_S = 1.0
+
+#: How often the log is told what was decoded, while something is.
+SUMMARY_S = 1.0
 
 #: What differs between closed and open sets; the number is a budget in bytes.
 _Parts = tuple[Cut, Follows, RawStore, Schedule, Reader, int]
@@ -71,6 +76,7 @@ class Prefetcher:
         self.ring = ring
         self.segment = ring.segment
         self.writer = Writer(ring)
+        Deaths(ring.files.deaths_fd).begin(ring.slot)
         if plan.source.is_open:
             parts = self._follow_streams(plan, reader)
         else:
@@ -111,6 +117,8 @@ class Prefetcher:
         try:
             self._decode()
         except Exception as error:
+            if is_want_of_memory(error):
+                end_process(self.ring, error)
             log.error("%s", error, exc_info=not isinstance(error, ShmloaderError))
             self.writer.put_fatal(error)
         ended = self.fetcher.stop(STOP_S)
@@ -122,6 +130,7 @@ class Prefetcher:
         return ended
 
     def _decode(self) -> None:
+        summary = _Summary(self.decoder)
         while True:
             seen = self.segment.work_word()
             task = self.schedule.next(self.decoder.most_rows)
@@ -129,7 +138,9 @@ class Prefetcher:
                 try:
                     self.decoder.do(task)
                 except NoRoom:
+                    summary.num_blocked += 1
                     self.schedule.block()
+                summary.tell()
                 continue
             if self._is_over():
                 return
@@ -145,21 +156,45 @@ class Prefetcher:
         return self.segment.text_get(native.TEXT_FATAL) is not None
 
 
+class _Summary:
+    """Tells the log, from time to time, what was decoded."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self.num_blocked = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._at, self._rows, self._busy_s = time.monotonic(), self._decoder.num_rows, self._decoder.busy_s
+        self.num_blocked = 0
+
+    def tell(self) -> None:
+        """Say it, if it is time."""
+        seconds = time.monotonic() - self._at
+        if seconds < SUMMARY_S:
+            return
+        rows, busy = self._decoder.num_rows - self._rows, 100 * (self._decoder.busy_s - self._busy_s) / seconds
+        log.debug("%d rows in %.1f s, busy for %.0f %%; no room %d times", rows, seconds, busy, self.num_blocked)
+        self._begin()
+
+
 def main(fds: dict[str, int], head: dict[str, Any]) -> None:
     """Be a prefetcher: load what the work needs while the planner is at it, wait for the word, work."""
     pa.set_cpu_count(1)
     pa.set_io_thread_count(2)
+    began = time.monotonic()
     problem: ShmloaderError | None = None
     work = None
     try:
         work = read_work(fds["payload"])
     except ShmloaderError as error:
         problem = error
+    log.debug("ready after %.2f s", time.monotonic() - began)
     told = os.read(fds["go"], 4096)
     os.close(fds["go"])
     if not told:
         return
-    files = RingFiles(head["uuid"], fds["control"], fds["ring"], fds["lock"])
+    files = RingFiles(head["uuid"], fds["control"], fds["ring"], fds["lock"], fds["deaths"])
     ring = Ring(files, native.SERVICE, tuple(json.loads(told)["supervisor"]))
     try:
         if problem is not None:

@@ -18,6 +18,7 @@ import subprocess
 from typing import Any
 
 import shmloader._native as native
+from shmloader.deaths import Death, Deaths, OomKills, how_it_ended
 from shmloader.errors import ServiceError, to_wire
 from shmloader.files import CREATOR_BYTE, SUPERVISOR_BYTE, RingFiles, format_set
 from shmloader.options import size_text
@@ -76,7 +77,8 @@ class Supervisor:
         self.fds = {name: fd for name, fd in fds.items() if name not in ("status", "up")}
         self.status_fd: int | None = fds.get("status")
         self.head = head
-        self.files = RingFiles(head["uuid"], fds["control"], fds["ring"], fds["lock"])
+        self.files = RingFiles(head["uuid"], fds["control"], fds["ring"], fds["lock"], fds["deaths"])
+        self.deaths, self.oom_kills = Deaths(self.files.deaths_fd), OomKills()
         self.num_prefetchers: int = head["num_prefetchers"]
         self.prefetchers: list[Prefetcher] = []
         self.idle_deaths = 0
@@ -117,10 +119,12 @@ class Supervisor:
             parts = read_parts(self.fds["plan"])
             if parts is None:
                 raise ServiceError(
-                    f"The process that looks up the dataset died (exit status {planner.returncode}); what it wrote to "
-                    "stderr may say why.",
+                    "The process that looks up the dataset died: it "
+                    f"{how_it_ended(planner.returncode, is_oom_kill=self.oom_kills.rose())} (exit status "
+                    f"{planner.returncode}). What it logged, or wrote to stderr, may say why.",
                     role="planner",
                     pid=planner.pid,
+                    status=planner.returncode,
                 )
             self._format(parts[0])
         finally:
@@ -184,6 +188,7 @@ class Supervisor:
         segment = ring.segment
         for prefetcher in self.prefetchers:
             prefetcher.go((ring.slot, ring.gen))
+        log.debug("the set is open: client %d, %d prefetchers", ring.slot, len(self.prefetchers))
         if self.status_fd is not None:
             self._answer({})
         segment.reap(True)
@@ -203,18 +208,24 @@ class Supervisor:
             self._bury(ring, [p for p in self.prefetchers if p.pidfd in ended])
 
     def _bury(self, ring: Ring, dead: list[Prefetcher]) -> None:
-        ring.segment.reap(True)
-        has_work = self._has_work(ring)  # else they found nothing left to do
+        told, is_oom_kill = [], self.oom_kills.rose()
         for prefetcher in dead:
             self.prefetchers.remove(prefetcher)
             prefetcher.close()
-            if has_work:
-                code = prefetcher.process.returncode
-                log.warning("prefetcher %d ended with status %d and work to do", prefetcher.process.pid, code)
-        if has_work:
-            self._count_deaths(ring, dead[-1])
+            process = prefetcher.process
+            # Before its row can be set aside: who reads that wants to know why.
+            told.append(self.deaths.bury(process.pid, process.returncode, is_oom_kill and process.returncode < 0))
+        num_aside = ring.segment.stats()["num_aside"]
+        ring.segment.reap(True)
+        if not self._has_work(ring):  # they found nothing left to do
+            return
+        for death in told:
+            log.warning("prefetcher: %s, with work to do%s", death, _over(death))
+        if (num := ring.segment.stats()["num_aside"] - num_aside) > 0:
+            log.error("%d rows that ended each process that decoded them are set aside: who reads one is told", num)
+        self._count_deaths(ring, told[-1])
 
-    def _count_deaths(self, ring: Ring, last: Prefetcher) -> None:
+    def _count_deaths(self, ring: Ring, last: Death) -> None:
         """Give the set up if prefetchers do nothing but die. Those that die together, of one cause, count once."""
         stats = ring.segment.stats()
         done = stats["num_commits"] + stats["chunks_done"]
@@ -223,10 +234,11 @@ class Supervisor:
         if self.idle_deaths >= MAX_IDLE_DEATHS:
             Writer(ring).put_fatal(
                 ServiceError(
-                    f"Prefetch processes end at once, {self.idle_deaths} times in a row (last exit status "
-                    f"{last.process.returncode}); what they wrote to stderr may say why.",
+                    f"Prefetch processes end at once, {self.idle_deaths} times in a row: the last one, {last}. What "
+                    "they logged, or wrote to stderr, may say why.",
                     role="prefetcher",
-                    pid=last.process.pid,
+                    pid=last.pid,
+                    status=last.status,
                 )
             )
 
@@ -239,12 +251,19 @@ class Supervisor:
                 return
             self.prefetchers.append(prefetcher)
             prefetcher.go((ring.slot, ring.gen))
+            log.debug("prefetcher %d takes the place of one that ended", prefetcher.process.pid)
 
     @staticmethod
     def _has_work(ring: Ring) -> bool:
         stats = ring.segment.stats()
         has_chunks = stats["chunks_todo"] + stats["chunks_claimed"] > 0
         return has_chunks and ring.segment.text_get(native.TEXT_FATAL) is None
+
+
+def _over(death: Death) -> str:
+    at = [f"decoded row {death.row}"] if death.row is not None else []
+    at += [f"fetched chunk {death.chunk}"] if death.chunk is not None else []
+    return f", while it {' and '.join(at)}" if at else ""
 
 
 def main(fds: dict[str, int], head: dict[str, Any]) -> None:

@@ -159,7 +159,7 @@ def _decode_by_pillow(data: Encoded) -> tuple[Pixels, int]:
                 return np.repeat(grey[:, :, None], 3, axis=2), orientation
             image.info.pop("transparency", None)  # dropped in any case; of a palette's, convert() would warn
             return np.asarray(image.convert("RGB")), orientation
-    except DecodeError:
+    except (DecodeError, MemoryError):  # for want of memory nothing is wrong with the image: it is tried again
         raise
     except Exception as error:  # its plug-ins raise OSError, SyntaxError, ValueError, struct.error and more
         raise DecodeError(f"the image cannot be decoded: {_reason(error)}") from error

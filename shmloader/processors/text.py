@@ -133,6 +133,8 @@ class TextProcessor:
             encoded = encode(texts)
             if len(encoded) != len(texts):
                 raise ValueError(f"the tokenizer made {len(encoded)} rows of {len(texts)}")
+        except MemoryError:  # nothing is wrong with the texts: another process tries again
+            raise
         except Exception as error:
             if len(texts) > 1:
                 return [ids for text in texts for ids in self._encode_all(encode, [text])]

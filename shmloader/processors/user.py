@@ -63,11 +63,11 @@ class UserProcessor:
 
         Raises:
             ProcessError: it raised or returned something else.
-            DecodeError: it let one of `decode_image` pass.
+            DecodeError: it let one of `decode_image` pass. MemoryError: there was no memory.
         """
         try:
             sample = self.process(row)
-        except DecodeError:
+        except (DecodeError, MemoryError):  # for want of memory another process tries again
             raise
         except Exception as error:
             raise ProcessError(f"process raised {type(error).__name__}: {error}") from error
@@ -146,7 +146,8 @@ def arrays_of(sample: Mapping[str, Any], fields: tuple[Field, ...]) -> dict[str,
     for wrong, what in ((names - sample.keys(), "is missing"), (sample.keys() - names, "is not in the schema")):
         if wrong:
             need, have = ", ".join(sorted(names)), ", ".join(sorted(sample))
-            raise _error(min(wrong), f"{what}: every row must have the fields {need}, but this one has {have}")
+            told = f"{what}: every row must have the fields {need}, but this one has {have}"
+            raise _error(min(wrong), told, expected=need, got=have)
     return {field.name: _as_field(field, sample[field.name]) for field in fields}
 
 
@@ -159,7 +160,8 @@ def _as_field(field: Field, value: Any) -> Array:
     if array.dtype != wanted or is_text != field.is_text or not fits:
         got = "a str" if is_text else _describe(array.dtype, array.shape)
         need = "a str" if field.is_text else _describe(wanted, field.shape)
-        raise _error(field.name, f"must be {need} in every row, as in the first one, but got {got}")
+        told = f"must be {need} in every row, as in the first one, but got {got}"
+        raise _error(field.name, told, expected=need, got=got)
     return array
 
 
@@ -176,11 +178,14 @@ def _to_array(name: str, value: Any) -> tuple[Array, bool, bool]:
     elif callable(getattr(value, "numpy", None)):
         array = _tensor(name, value)
     else:
-        raise _error(name, f"must be {_EXPECTED}, but got {type(value).__name__}")
+        got = type(value).__name__
+        raise _error(name, f"must be {_EXPECTED}, but got {got}", expected=_EXPECTED, got=got)
     if array.dtype.name not in _DTYPES:
-        raise _error(name, f"has dtype {array.dtype}; it must be one of {', '.join(sorted(_DTYPES))}")
+        need, got = f"one of {', '.join(sorted(_DTYPES))}", str(array.dtype)
+        raise _error(name, f"has dtype {got}; it must be {need}", expected=need, got=got)
     if array.ndim > MAX_RANK:
-        raise _error(name, f"has {array.ndim} dimensions; there may be {MAX_RANK} at most")
+        need, got = f"{MAX_RANK} dimensions at most", f"{array.ndim} dimensions"
+        raise _error(name, f"has {got}; there may be {need}", expected=need, got=got)
     return array.astype(array.dtype.newbyteorder("="), copy=False), False, is_weak
 
 
@@ -201,7 +206,8 @@ def _convert(name: str, value: Any, dtype: np.dtype[Any] | None) -> Array:
     try:
         return np.asarray(value, dtype)
     except (ValueError, TypeError, OverflowError) as error:
-        raise _error(name, f"must be {_EXPECTED}, and cannot be made an array: {error}") from error
+        told = f"must be {_EXPECTED}, and cannot be made an array: {error}"
+        raise _error(name, told, expected=_EXPECTED, got=type(value).__name__) from error
 
 
 def _tensor(name: str, value: Any) -> Array:
@@ -209,6 +215,8 @@ def _tensor(name: str, value: Any) -> Array:
         value = value.detach()
     try:
         array = value.numpy()
+    except MemoryError:
+        raise
     except Exception as error:
         raise _error(name, f"is a {type(value).__name__} that has no numpy form: {error}") from error
     return np.asarray(array)
@@ -216,12 +224,15 @@ def _tensor(name: str, value: Any) -> Array:
 
 def _checked_names(sample: Any) -> Mapping[str, Any]:
     if not isinstance(sample, Mapping):
-        raise ProcessError(f"process must return a dict of name → value, but got {type(sample).__name__}")
+        need, got = "a dict of name → value", type(sample).__name__
+        raise ProcessError(f"process must return {need}, but got {got}", expected=need, got=got)
     if not sample:
-        raise ProcessError("process returned an empty dict; a sample needs one field at least")
+        need, got = "a sample needs one field at least", "an empty dict"
+        raise ProcessError(f"process returned {got}; {need}", expected=need, got=got)
     for name in sample:
         if not isinstance(name, str) or not name:
-            raise ProcessError(f"process must name its fields by non-empty str, but got {name!r:.80}")
+            need, got = "non-empty str", f"{name!r:.80}"
+            raise ProcessError(f"process must name its fields by {need}, but got {got}", expected=need, got=got)
         if name in RESERVED_NAMES:
             raise _error(name, "is a name that every sample has already; choose another one")
     return sample
@@ -231,5 +242,5 @@ def _describe(dtype: np.dtype[Any], shape: tuple[int | None, ...]) -> str:
     return f"{dtype} {['any' if n is None else n for n in shape]}".replace("'", "")
 
 
-def _error(name: str, what: str) -> ProcessError:
-    return ProcessError(f"process: field {name!r} {what}", field=name)
+def _error(name: str, what: str, **data: str) -> ProcessError:
+    return ProcessError(f"process: field {name!r} {what}", field=name, **data)

@@ -62,6 +62,10 @@ def open_reader(
 
     touch: called whenever something was read, also of what nobody asked for and is only passed over.
     """
+    if plan.listing is not None:
+        from shmloader.sources.listing import ListingReader
+
+        return ListingReader(request, plan, touch)
     if plan.mode in ("local", "streaming"):
         from shmloader.sources.parquet import ParquetReader
 

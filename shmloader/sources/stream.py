@@ -22,6 +22,7 @@ from shmloader.sources.resolve import (
     without_secrets,
 )
 from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema, stream_bytes
+from shmloader.sources.undecoded import undecoded_stream
 
 #: Examples from which the features of a stream that does not know them are inferred.
 _INFER_ROWS = 64
@@ -58,7 +59,7 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
             chunks=(),
             columns=columns,
             arrow_schema=schema.serialize().to_pybytes(),
-            revision=_commit(builder),
+            revision=commit_of(builder),
             notices=notices,
             row_bytes=row_bytes,
         )
@@ -69,7 +70,7 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
                 "end it with take(n), or iterate over it with ShmMultimodalIterableDataset, which needs no length.",
                 dataset=name,
             )
-        num_rows = _count(request, stream, features, columns.labels or columns.text or needed[0])
+        num_rows = _count(request, stream, features, columns.labels if columns.labels in needed else needed[0])
         notices += (
             f"{name}: {num_rows} rows, counted by reading the stream once, since {_why_counted(stream, builder)}",
         )
@@ -86,7 +87,7 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
         chunks=chunks,
         columns=columns,
         arrow_schema=schema.serialize().to_pybytes(),
-        revision=_commit(builder),
+        revision=commit_of(builder),
         notices=notices,
         units=(0,) * len(chunks),
         chunk_bytes=tuple(chunk.num_rows * row_bytes + more for chunk in chunks),
@@ -191,17 +192,37 @@ def _open_stream(request: SourceRequest, builder: Any | None) -> Any:
     """The ``IterableDataset`` of the requested split; a bare one is taken as it is."""
     quiet_datasets()
     if builder is not None:
-        return builder.as_streaming_dataset(split=request.split)
+        return in_order(builder.as_streaming_dataset(split=request.split))
     if isinstance(request.dataset, Mapping):
         check_split(request, [str(split) for split in request.dataset])
         return request.dataset[request.split]
     return request.dataset
 
 
+def reading_step(stream: Any) -> Any:
+    """The step of a stream that reads: the first one."""
+    step = stream._ex_iterable
+    while hasattr(step, "ex_iterable"):
+        step = step.ex_iterable
+    return step
+
+
+def in_order(stream: Any) -> Any:
+    """A builder's stream, which gives its rows in the same sequence in each process.
+
+    ``datasets`` keeps the metadata files of a folder in a set, whose sequence differs from process to process.
+    """
+    kwargs = getattr(reading_step(stream), "kwargs", {})
+    if isinstance(kwargs.get("metadata_files"), set):
+        kwargs["metadata_files"] = tuple(sorted(kwargs["metadata_files"], key=str))
+    return stream
+
+
 def as_arrow(stream: Any, features: Any, columns: Sequence[str]) -> Any:
     """The stream as Arrow tables of ``columns``: nothing decoded, what Python functions made encoded."""
     if stream.features is None:
         stream = stream.cast(features)
+    stream = undecoded_stream(stream)
     # `decode` undoes the decoding step that `datasets` adds to media of a Hub only if it is the last step.
     return stream.decode(False).select_columns(list(columns)).with_format("arrow")
 
@@ -210,7 +231,7 @@ def _inferred_features(request: SourceRequest, stream: Any) -> Any:
     """The features of a stream that does not know its own, from its first rows."""
     from datasets import Dataset
 
-    rows = list(stream.with_format(None).take(_INFER_ROWS))
+    rows = list(undecoded_stream(stream).with_format(None).take(_INFER_ROWS))
     if not rows:
         raise empty_dataset(request)
     return Dataset.from_list(rows).features
@@ -261,7 +282,7 @@ def _repeats_forever(stream: Any) -> bool:
     return False
 
 
-def _commit(builder: Any | None) -> str | None:
+def commit_of(builder: Any | None) -> str | None:
     """The commit that a Hub builder's files are of."""
     base = str(getattr(builder, "base_path", "") or "")
     return base.split("@", 1)[1].split("/")[0] if base.startswith("hf://datasets/") and "@" in base else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import gc
 import json
 import os
 import random
@@ -13,13 +13,14 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import opened
+from conftest import SIDE, opened
 from datasets import Audio, Image, load_dataset
 from hub import Hub, serve
 from support_files import json_lines, png, read_rows, rows_of, wav, with_files, write_tree
 from support_parquet import DATA, read_file, run
 
-from shmloader.errors import DecodeError, EmptyDatasetError, ReadError, SourceError
+from shmloader import MultimodalConfig
+from shmloader.errors import DecodeError, EmptyDatasetError, SourceError
 from shmloader.prefetch.plan import SetPlan, read_plan, write_plan
 from shmloader.prefetch.plan_file import read_parts
 from shmloader.sources import make_plan, open_reader
@@ -27,6 +28,18 @@ from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.sources.listing import Listing, path_of
 from shmloader.sources.media_files import MEDIA_TYPE, MediaFiles, paths_of, with_bytes
 from shmloader.sources.rows import KEPT_TABLE_BYTES
+
+# `datasets` looks at the first rows of a metadata.csv and leaves the file to the collector of garbage.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file.*metadata.csv:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:(?s).*metadata.csv:pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def collected() -> Iterator[None]:
+    yield
+    gc.collect()
 
 
 def classes(num: int, ending: str = "png") -> dict[str, bytes]:
@@ -241,10 +254,9 @@ def test_nested_media_get_their_bytes_wherever_they_are(tmp_path):
 def test_a_set_of_loose_files_tells_of_which_file_a_sample_could_not_be_made(tmp_path):
     folder = write_tree(tmp_path / "d", classes(100))
     (folder / "train" / "cat" / "0010.png").write_bytes(b"not a picture")
-    (folder / "train" / "cat" / "0011.png").unlink()
-    (folder / "train" / "cat" / "0011.png").symlink_to(folder / "nowhere.png")
-    with opened(str(folder)) as dataset:
-        assert len(dataset) == len(list((folder / "train").rglob("*.png")))
+    config = MultimodalConfig(vision_dim=SIDE, image_dtype="uint8")
+    with opened(str(folder), config=config) as dataset:
+        assert len(dataset) == 100
         paths = [path_of(dataset._reader.plan.source.listing, i) for i in range(len(dataset))]
         bad = next(i for i, path in enumerate(paths) if path.endswith("0010.png"))
         with pytest.raises(DecodeError, match=r"0010\.png") as caught:
@@ -252,8 +264,8 @@ def test_a_set_of_loose_files_tells_of_which_file_a_sample_could_not_be_made(tmp
         assert caught.value.shard == str(folder / "train" / "cat" / "0010.png")
         for i in (0, bad + 2, 99):
             value = int(paths[i][-8:-4])
-            low, high = dataset[i]["image"].min(), dataset[i]["image"].max()
-            assert low < high or value >= 0
+            assert dataset[i]["image"].shape == (3, SIDE, SIDE)
+            assert dataset[i]["image"][0].unique().tolist() == [value]
             assert int(dataset[i]["labels"]) == (0 if "/cat/" in paths[i] else 1)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.hub import HubFiles, is_remote
@@ -124,27 +125,21 @@ def with_bytes(array: pa.Array, files: MediaFiles) -> pa.Array:
     Raises:
         pa.ArrowInvalid: more than 2 GiB in one chunk. Others: see `MediaFiles.read`.
     """
-    return _changed(array, lambda rows: _fill(rows, files))
+    return _changed(array, lambda media: _filled(media, files))
 
 
 def with_paths(array: pa.Array, places: Mapping[str, str]) -> pa.Array:
     """``array`` whose media are to be found elsewhere: old path → new one; those without a new one stay."""
-    return _changed(array, lambda rows: _move(rows, places))
+    return _changed(array, lambda media: _moved(media, places))
 
 
-_Media = list[dict[str, Any] | None]
-
-
-def _changed(array: pa.Array, change: Callable[[_Media], None]) -> pa.Array:
-    """``array`` with what ``change`` makes of the media in it, in place."""
+def _changed(array: pa.Array, change: Callable[[pa.StructArray], pa.StructArray]) -> pa.Array:
+    """``array`` with what ``change`` makes of the media in it."""
     kind = array.type
     if not _has_media(kind):
         return array
     if kind.equals(MEDIA_TYPE):
-        rows: _Media = array.to_pylist()
-        change(rows)
-        columns = [pa.array([row and row[field.name] for row in rows], field.type) for field in kind]
-        return pa.StructArray.from_arrays(columns, fields=list(kind), mask=array.is_null())
+        return change(array)
     if pa.types.is_struct(kind):
         children = [_changed(array.field(i), change) for i in range(kind.num_fields)]
         return pa.StructArray.from_arrays(children, fields=list(kind), mask=array.is_null())
@@ -156,21 +151,30 @@ def _changed(array: pa.Array, change: Callable[[_Media], None]) -> pa.Array:
     return made.from_arrays(array.offsets, values, type=kind, mask=mask)
 
 
-def _fill(rows: _Media, files: MediaFiles) -> None:
-    missing = [row for row in rows if row is not None and row["bytes"] is None and row["path"] is not None]
-    num_bytes = 0
-    for row, data in zip(missing, files.read([row["path"] for row in missing]), strict=True):
-        if data is not None:
-            row["bytes"], row["path"] = data, row["path"].rpartition("/")[2]
-            num_bytes += len(data)
+def _filled(media: pa.StructArray, files: MediaFiles) -> pa.StructArray:
+    data, paths = media.field(0), media.field(1)
+    is_missing = pc.and_(media.is_valid(), pc.and_(data.is_null(), paths.is_valid()))
+    if not pc.any(is_missing).as_py():
+        return media
+    values, names, num_bytes = data.to_pylist(), paths.to_pylist(), 0
+    missing = [i for i, missing in enumerate(is_missing.to_pylist()) if missing]
+    for i, found in zip(missing, files.read([names[i] for i in missing]), strict=True):
+        if found is not None:
+            values[i], names[i] = found, names[i].rpartition("/")[2]
+            num_bytes += len(found)
     if num_bytes > _MOST_BYTES:
         raise pa.ArrowInvalid(f"the files of these rows have {num_bytes:,} bytes together; {_MOST_BYTES:,} at most fit")
+    return _media(values, names, media.is_null())
 
 
-def _move(rows: _Media, places: Mapping[str, str]) -> None:
-    for row in rows:
-        if row is not None:
-            row["path"] = places.get(row["path"], row["path"])
+def _moved(media: pa.StructArray, places: Mapping[str, str]) -> pa.StructArray:
+    names = [places.get(path, path) for path in media.field(1).to_pylist()]
+    return _media(media.field(0), names, media.is_null())
+
+
+def _media(data: Any, paths: Any, mask: pa.BooleanArray) -> pa.StructArray:
+    children = [pa.array(data, pa.binary()), pa.array(paths, pa.string())]
+    return pa.StructArray.from_arrays(children, fields=list(MEDIA_TYPE), mask=mask)
 
 
 def _has_media(kind: pa.DataType) -> bool:

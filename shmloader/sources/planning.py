@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from shmloader.errors import SourceError
+from shmloader.sources.arrow_plan import is_arrow, plan_arrow
 from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.sources.listing_plan import is_folder, plan_listing
 from shmloader.sources.loaded import is_saved, plan_loaded, prepared
@@ -42,5 +43,9 @@ def plan_source(request: SourceRequest) -> SourcePlan:
 
 def plan_other(request: SourceRequest, builder: Any) -> SourcePlan:
     """The plan of files that are not Parquet, as they lie."""
-    plan = plan_listing(request, builder) if is_folder(builder) else None
+    plan = None
+    if is_folder(builder):
+        plan = plan_listing(request, builder)
+    elif is_arrow(builder):
+        plan = plan_arrow(request, builder)
     return plan or plan_stream(request, builder)

@@ -144,7 +144,9 @@ def has_secret(request: SourceRequest, text: str) -> bool:
 def is_unreachable(error: BaseException) -> bool:
     """Whether ``error`` comes of a server that was not reached, or of offline mode."""
     return any(
-        type(e).__name__ in _UNREACHABLE or isinstance(e, (ConnectionError, TimeoutError)) for e in _chain(error)
+        (type(e).__name__ in _UNREACHABLE and type(e).__module__ != "tarfile")
+        or isinstance(e, (ConnectionError, TimeoutError))
+        for e in _chain(error)
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -22,7 +23,9 @@ from shmloader.sources.resolve import (
     without_secrets,
 )
 from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema, stream_bytes
+from shmloader.sources.stream_rows import StreamTables, count_rows, why_failed
 from shmloader.sources.undecoded import undecoded_stream
+from shmloader.sources.webdataset import archives_of, count_samples, is_webdataset
 
 #: Examples from which the features of a stream that does not know them are inferred.
 _INFER_ROWS = 64
@@ -42,6 +45,7 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
         SourceError: it cannot be opened, or never ends.
     """
     name = source_name(request)
+    tars, warnings = archives_of(request, builder) if builder is not None and is_webdataset(builder) else ([], ())
     with translated(request, "open"):
         stream = _open_stream(request, builder)
         features = stream.features or _inferred_features(request, stream)
@@ -61,6 +65,7 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
             arrow_schema=schema.serialize().to_pybytes(),
             revision=commit_of(builder),
             notices=notices,
+            warnings=warnings,
             row_bytes=row_bytes,
         )
     if num_rows is None:
@@ -70,10 +75,13 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
                 "end it with take(n), or iterate over it with ShmMultimodalIterableDataset, which needs no length.",
                 dataset=name,
             )
-        num_rows = _count(request, stream, features, columns.labels if columns.labels in needed else needed[0])
-        notices += (
-            f"{name}: {num_rows} rows, counted by reading the stream once, since {_why_counted(stream, builder)}",
-        )
+        if tars:
+            num_rows, how = count_samples(request, tars), "by the headers of its archives"
+            row_bytes = -(-sum(Path(path).stat().st_size for path in tars) // max(num_rows, 1))
+        else:
+            num_rows = _count(request, stream, features, columns.labels if columns.labels in needed else needed[0])
+            how = f"by reading the stream once, since {_why_counted(stream, builder)}"
+        notices += (f"{name}: {num_rows} rows, counted {how}",)
     if num_rows == 0:
         raise empty_dataset(request)
     starts = range(0, num_rows, BATCH_ROWS)
@@ -89,6 +97,7 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
         arrow_schema=schema.serialize().to_pybytes(),
         revision=commit_of(builder),
         notices=notices,
+        warnings=warnings,
         units=(0,) * len(chunks),
         chunk_bytes=tuple(chunk.num_rows * row_bytes + more for chunk in chunks),
     )
@@ -102,7 +111,7 @@ class StreamReader:
         self._schema = plan.schema
         self._stream: Any = None
         self._features: Any = None
-        self._batches: Iterator[pa.Table] | None = None
+        self._batches: StreamTables | None = None
         self._next_row = 0
         self._failed: tuple[int, str] | None = None  # the first row of the chunk that could not be read, and why
 
@@ -115,7 +124,7 @@ class StreamReader:
         except (ShmloaderError, MemoryError):
             raise
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
+            why = f"{self._batches.place() if self._batches else ''}{why_failed(error)}"
             failure = self._read_error(chunk, why)
             self._failed = (chunk.first_row, why)
             self._batches = None
@@ -148,10 +157,10 @@ class StreamReader:
             raise self._count_error(chunk, self._next_row)
         return plain_rows(table, self._schema, self._features, self._request)
 
-    def _open(self) -> Iterator[pa.Table]:
+    def _open(self) -> StreamTables:
         if self._stream is None:
             self._stream, self._features = open_planned(self._request, self._plan)
-        return iter(as_arrow(self._stream, self._features, self._schema.names).iter(BATCH_ROWS))
+        return StreamTables(self._stream, self._features, self._schema.names, BATCH_ROWS)
 
     def _count_error(self, chunk: Chunk, have: int | None) -> ReadError:
         found = "more" if have is None else f"{have}"
@@ -218,15 +227,6 @@ def in_order(stream: Any) -> Any:
     return stream
 
 
-def as_arrow(stream: Any, features: Any, columns: Sequence[str]) -> Any:
-    """The stream as Arrow tables of ``columns``: nothing decoded, what Python functions made encoded."""
-    if stream.features is None:
-        stream = stream.cast(features)
-    stream = undecoded_stream(stream)
-    # `decode` undoes the decoding step that `datasets` adds to media of a Hub only if it is the last step.
-    return stream.decode(False).select_columns(list(columns)).with_format("arrow")
-
-
 def _inferred_features(request: SourceRequest, stream: Any) -> Any:
     """The features of a stream that does not know its own, from its first rows."""
     from datasets import Dataset
@@ -269,7 +269,7 @@ def _why_counted(stream: Any, builder: Any | None) -> str:
 
 def _count(request: SourceRequest, stream: Any, features: Any, column: str) -> int:
     with translated(request, "count the rows of"):
-        return sum(table.num_rows for table in as_arrow(stream, features, [column]).iter(1024))
+        return count_rows(stream, features, column)
 
 
 def _repeats_forever(stream: Any) -> bool:

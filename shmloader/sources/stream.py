@@ -23,12 +23,10 @@ from shmloader.sources.resolve import (
     without_secrets,
 )
 from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema, stream_bytes
+from shmloader.sources.stream_features import check_formats, features_of
 from shmloader.sources.stream_rows import StreamTables, count_rows, why_failed
-from shmloader.sources.undecoded import undecoded_stream
 from shmloader.sources.webdataset import archives_of, count_samples, is_webdataset
 
-#: Examples from which the features of a stream that does not know them are inferred.
-_INFER_ROWS = 64
 #: What ``datasets`` calls the example iterables that read files or a generator, without any transformation.
 _UNTRANSFORMED = {"ArrowExamplesIterable", "ExamplesIterable"}
 
@@ -48,7 +46,8 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
     tars, warnings = archives_of(request, builder) if builder is not None and is_webdataset(builder) else ([], ())
     with translated(request, "open"):
         stream = _open_stream(request, builder)
-        features = stream.features or _inferred_features(request, stream)
+        check_formats(request, stream)
+        features = features_of(request, stream)
     columns, needed, notices = choose_columns(features, request.columns, dataset=name, all_columns=request.all_columns)
     schema = plain_schema(features.arrow_schema, needed)
     num_rows = _told_rows(request, stream, builder)
@@ -124,7 +123,7 @@ class StreamReader:
         except (ShmloaderError, MemoryError):
             raise
         except Exception as error:
-            why = f"{self._batches.place() if self._batches else ''}{why_failed(error)}"
+            why = why_failed(error) if self._batches is None else self._batches.told(error)
             failure = self._read_error(chunk, why)
             self._failed = (chunk.first_row, why)
             self._batches = None
@@ -189,7 +188,7 @@ def open_planned(request: SourceRequest, plan: SourcePlan) -> tuple[Any, Any]:
         builder = resolve_builder(request, plan.revision)
     with translated(request, "open"):
         stream = _open_stream(request, builder)
-        return stream, stream.features or _inferred_features(request, stream)
+        return stream, features_of(request, stream)
 
 
 def plain_rows(table: pa.Table, schema: pa.Schema, features: Any, request: SourceRequest) -> pa.RecordBatch:
@@ -225,16 +224,6 @@ def in_order(stream: Any) -> Any:
     if isinstance(kwargs.get("metadata_files"), set):
         kwargs["metadata_files"] = tuple(sorted(kwargs["metadata_files"], key=str))
     return stream
-
-
-def _inferred_features(request: SourceRequest, stream: Any) -> Any:
-    """The features of a stream that does not know its own, from its first rows."""
-    from datasets import Dataset
-
-    rows = list(undecoded_stream(stream).with_format(None).take(_INFER_ROWS))
-    if not rows:
-        raise empty_dataset(request)
-    return Dataset.from_list(rows).features
 
 
 def _told_rows(request: SourceRequest, stream: Any, builder: Any | None) -> int | None:

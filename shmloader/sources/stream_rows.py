@@ -8,17 +8,20 @@ not go together with the others.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
+from shmloader.errors import SourceError
 from shmloader.sources.rows import conform, plain_schema
 from shmloader.sources.undecoded import undecoded, undecoded_stream
 
 #: What tells of a row where it is from, in a WebDataset.
 _PLACE = ("__key__", "__url__")
+#: What builders call the files that they read.
+_FILES = ("base_files", "files")
 
 
 class StreamTables:
@@ -36,7 +39,9 @@ class StreamTables:
         self._num_rows = num_rows
         self._num_taken = 0
         self._last: Mapping[str, Any] = {}
+        self._file: str | None = None
         if stream._ex_iterable.iter_arrow:
+            stream = noted(stream, self._begin)
             typed = stream if stream.features is not None else stream.cast(undecoded(features))
             typed = _at_epoch(typed.select_columns(list(columns)).with_format("arrow"), epoch)
             self._tables: Iterator[pa.Table] = iter(typed.iter(num_rows))
@@ -50,12 +55,18 @@ class StreamTables:
     def __next__(self) -> pa.Table:
         return next(self._tables)
 
-    def place(self) -> str:
-        """After a failure: which row could not be had, as far as that is known; for a message."""
+    def told(self, error: BaseException) -> str:
+        """Why this failed: at which row, after which sample or in which file, as far as that is known."""
+        why = why_failed(error)
+        if self._file is not None:
+            return why if self._file in why else f"in {self._file}: {why}"
         if not self._num_taken:
-            return ""
-        told = " of ".join(repr(self._last[name]) for name in _PLACE if name in self._last)
-        return f"row {self._num_taken}{f', after {told}' if told else ''}: "
+            return why
+        after = " of ".join(repr(self._last[name]) for name in _PLACE if name in self._last)
+        return f"row {self._num_taken}{f', after {after}' if after else ''}: {why}"
+
+    def _begin(self, file: str) -> None:
+        self._file = file
 
     def _converted(self, rows: Iterator[Mapping[str, Any]]) -> Iterator[pa.Table]:
         while True:
@@ -73,7 +84,7 @@ class StreamTables:
             yield table
 
     def _find(self, rows: Sequence[Mapping[str, Any]], first: int) -> None:
-        """Leave off at the row that cannot be converted, for `place`."""
+        """Leave off at the row that cannot be converted, for `told`."""
         for i, row in enumerate(rows):
             try:
                 self._table([row])
@@ -118,6 +129,35 @@ def count_rows(stream: Any, features: Any, column: str) -> int:
         stream = undecoded_stream(stream)
         return sum(1 for _ in _raw(stream if stream.features is None else stream.decode(False)))
     return sum(table.num_rows for table in StreamTables(stream, features, [column], 1024))
+
+
+def noted(stream: Any, on_file: Callable[[str], None]) -> Any:
+    """``stream``; if its builder reads it as Arrow, ``on_file`` is called with each file that it begins."""
+    step = stream._ex_iterable
+    generate = getattr(step, "generate_tables_fn", None)
+    if generate is None:
+        return stream
+
+    def noting(**found: Any) -> Iterator[Any]:
+        files = next((found[name] for name in _FILES if name in found), None)
+        if isinstance(files, list) and len(files) == 1:  # one at a time, as a stream calls it
+            on_file(str(files[0]))
+        yield from generate(**found)
+
+    noting_stream = copy.copy(stream)
+    noting_stream._ex_iterable = copy.copy(step)
+    noting_stream._ex_iterable.generate_tables_fn = noting
+    return noting_stream
+
+
+def misfit(name: str, file: str, error: pa.ArrowInvalid) -> SourceError:
+    """The error for a file whose columns are not those of the files before."""
+    return SourceError(
+        f"{name}: the columns of {file} are not those of the files before it: {error}. Mend it, leave it out with "
+        'data_files= in load=, or say what all are with load={"features": …}.',
+        dataset=name,
+        shard=file,
+    )
 
 
 def _raw(stream: Any) -> Any:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from shmloader.errors import SourceError
+from shmloader.sources.arrow_plan import is_arrow, plan_arrow
 from shmloader.sources.base import SourcePlan, SourceRequest
+from shmloader.sources.listing_plan import is_folder, plan_listing
 from shmloader.sources.loaded import is_saved, plan_loaded, prepared
 from shmloader.sources.parquet_plan import can_plan, is_on_hub, plan_parquet
 from shmloader.sources.resolve import check_split, quiet_datasets, resolve_builder, source_name, split_names
@@ -36,4 +38,14 @@ def plan_source(request: SourceRequest) -> SourcePlan:
     ready = prepared(request, builder)
     if ready is not None:
         return plan_loaded(request, ready)
-    return plan_parquet(request, builder) if can_plan(builder) else plan_stream(request, builder)
+    return plan_parquet(request, builder) if can_plan(builder) else plan_other(request, builder)
+
+
+def plan_other(request: SourceRequest, builder: Any) -> SourcePlan:
+    """The plan of files that are not Parquet, as they lie."""
+    plan = None
+    if is_folder(builder):
+        plan = plan_listing(request, builder)
+    elif is_arrow(builder):
+        plan = plan_arrow(request, builder)
+    return plan or plan_stream(request, builder)

@@ -15,6 +15,7 @@ from typing import Any
 
 from shmloader.errors import DatasetNotFoundError, EmptyDatasetError, ShmloaderError, SourceError, SplitNotFoundError
 from shmloader.sources.base import SourceRequest
+from shmloader.sources.local_files import walked_once
 
 #: Connection failures by the name of their class: the clients' HTTP library changes (requests, httpx, httpx2).
 _UNREACHABLE = {
@@ -76,7 +77,7 @@ def resolve_builder(request: SourceRequest, revision: str | None = None) -> Any:
         name, load = builder, options | load | {"data_files": [str(path.resolve())]}
     elif path.is_dir():
         name = str(path)
-    with translated(request, "find"):
+    with translated(request, "find"), walked_once():
         return datasets.load_dataset_builder(name, **load)
 
 
@@ -143,7 +144,9 @@ def has_secret(request: SourceRequest, text: str) -> bool:
 def is_unreachable(error: BaseException) -> bool:
     """Whether ``error`` comes of a server that was not reached, or of offline mode."""
     return any(
-        type(e).__name__ in _UNREACHABLE or isinstance(e, (ConnectionError, TimeoutError)) for e in _chain(error)
+        (type(e).__name__ in _UNREACHABLE and type(e).__module__ != "tarfile")
+        or isinstance(e, (ConnectionError, TimeoutError))
+        for e in _chain(error)
     )
 
 

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "shmloader"
 # From the bottom to the top; a module imports only from lower ranks or its own.
 RANKS = [
     {"errors"},
-    {"options", "config", "sample", "permutation", "mixture", "order", "sizes"},
+    {"options", "config", "checksum", "sample", "permutation", "mixture", "order", "sizes"},
     {"sources", "processors", "_native"},
     {"files", "spill_file"},
     {"guest"},

@@ -30,6 +30,9 @@ log = logging.getLogger("shmloader")
 
 #: As services write to stderr where nobody reads their records.
 _LOG_FORMAT = "%(asctime)s %(processName)s %(process)d %(levelname)s %(name)s: %(message)s"
+#: More than any source has.
+MOST_SAMPLES = 1 << 40
+
 #: A `transform`, or a `process`.
 Function = Callable[[dict[str, Any]], Mapping[str, Any]]
 
@@ -70,13 +73,14 @@ class SharedDataset:
                     allowed="a callable",
                 )
         names = Keys.parse(keys)
+        cache_size = _checked_size(cache_size)
         options = Options.from_env() if options is None else options
         work = Work(request, MultimodalConfig() if config is None else config, tokenizer, process)
         self.transform = transform
         self.writable = writable
         self.seed = operator.index(seed)
         _show_log(options.log)
-        self._reader = open_set(work, options)
+        self._reader = open_set(work, options, cache_size)
         try:
             self._reader.name_fields(names)
         except BaseException:
@@ -174,7 +178,7 @@ class SharedDataset:
         raw = ring.segment.stats()
         services = [pid for _, pid, role in ring.segment.clients() if role == native.SERVICE]
         batches = batch_ring()
-        counters = batches.counters if batches is not None else None
+        counters, slots = (batches.counters, batches.ring.stats()) if batches is not None else (None, {})
         return Stats(
             num_rows=self._reader.plan.source.num_rows,
             samples_ready=raw["num_ready"],
@@ -198,7 +202,8 @@ class SharedDataset:
             batches_in_slots=counters.in_slots if counters else 0,
             batches_copied=counters.copied if counters else 0,
             batches_inline=counters.inline if counters else 0,
-            batch_backed_bytes=batches.ring.stats()["backed_bytes"] if batches is not None else 0,
+            batch_bytes=slots.get("budget_bytes", 0),
+            batch_backed_bytes=slots.get("backed_bytes", 0),
         )
 
     def close(self) -> None:
@@ -267,6 +272,25 @@ class SharedDataset:
         made = Sample(result)
         made._attachment = sample._attachment  # for the padding that the schema says
         return made
+
+
+def _checked_size(cache_size: Any) -> int | None:
+    """``cache_size``, if it is a number of samples."""
+    if cache_size is None:
+        return None
+    try:
+        size = None if isinstance(cache_size, bool) else operator.index(cache_size)
+    except TypeError:
+        size = None
+    if size is None or not 1 <= size <= MOST_SAMPLES:
+        allowed = f"None (as many samples as find room), or a whole number of samples from 1 to {MOST_SAMPLES:,}"
+        raise OptionError(
+            f"cache_size={cache_size!r} is not valid: it must be {allowed}",
+            name="cache_size",
+            value=str(cache_size),
+            allowed=allowed,
+        )
+    return size
 
 
 def _show_log(level: str) -> None:

@@ -16,6 +16,7 @@ Tree::
     │   └── ProcessError       the user's ``process`` failed or returned nonsense
     ├── RingError              the shared memory
     │   ├── RingTooSmallError, RecordTooLargeError, MemoryLimitError
+    │   ├── ChecksumError      what lies there is not what was written (SHMLOADER_VERIFY)
     │   └── PoisonedError      its state cannot be trusted any more
     ├── ServiceError           a supervisor or prefetcher cannot do its work
     ├── WaitTimeoutError       a reader waited and nothing moved
@@ -114,6 +115,13 @@ class RecordTooLargeError(RingError):
 
 class MemoryLimitError(RingError, MemoryError):
     """The machine or the container has not enough memory. Attributes: needed_bytes, have_bytes, limit."""
+
+
+class ChecksumError(RingError):
+    """A sample, or the encoded rows that it is made of, is not what was written.
+
+    Attributes: source, shard, row, place, expected (None: the checksum itself is gone), found.
+    """
 
 
 class PoisonedError(RingError):

@@ -114,6 +114,7 @@ def format_set(
         raw_budget_bytes=sizes.raw_budget_bytes,
         spill_bytes=spill_bytes,
         rows_per_chunk=rows_per_chunk,
+        most_resident=sizes.most_resident,
         num_chunks=num_chunks if rows_per_chunk else 0,
     )
 

@@ -127,6 +127,10 @@ class Iteration:
         refs = Refs(ids, packed, ring.mapping, pins)
         num_ready = _num_ready(refs)
         if num_ready and not num_missing and not is_over:
+            error = self._reader.damage_of(refs)
+            if error is not None:
+                refs, pins = replace(refs, pins=None), None  # an error that is kept must not keep them
+                raise error
             return refs, num_ready
         refs, pins = replace(refs, pins=None), None  # given back before we wait
         block = block[: max(num_ready, 1)]

@@ -7,13 +7,15 @@ import os
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import reduction
 from multiprocessing.context import get_spawning_popen
 from typing import Any
 
 import shmloader._native as native
+from shmloader.checksum import RECORD_AT, Damage, damage
 from shmloader.errors import (
+    ChecksumError,
     ClosedError,
     PoisonedError,
     ServiceError,
@@ -54,12 +56,15 @@ class Reader:
 
     The process that makes the set is its owner; every other one (a DataLoader worker, by fork or spawn) is a
     worker of that owner. Thread-safe.
+
+    verify: samples are sealed with a checksum, which is compared before they are handed out.
     """
 
-    def __init__(self, files: SetFiles, plan: SetPlan, timeout_s: float) -> None:
+    def __init__(self, files: SetFiles, plan: SetPlan, timeout_s: float, verify: bool = False) -> None:
         self.files = files
         self.plan = plan
         self.timeout_s = timeout_s
+        self.verify = verify
         self.owner_pid = os.getpid()
         self.owner: tuple[int, int] | None = None
         self.is_closed = False
@@ -105,7 +110,7 @@ class Reader:
             return ring
 
     def get(self, rows: Sequence[int]) -> tuple[Attachment, Refs]:
-        """Where the records of ``rows`` lie; waits for them. Raises as `Ring.get_many`."""
+        """Where the records of ``rows`` lie; waits for them. Raises as `Ring.get_many`, ChecksumError."""
         ring = self.attach()
         has_place = ring.has_transit and not ring.is_guest and ring.segment.num_orders()
         place = self._orders.place_of(ring, rows) if has_place else None
@@ -113,13 +118,34 @@ class Reader:
         return self.attachment(), refs
 
     def wait_for(self, rows: Sequence[int], place: Place | None) -> Refs:
-        """Where the records of ``rows`` lie, which are at ``place`` of an order (None: of none). As `Ring.get_many`."""
+        """Where the records of ``rows`` lie, which are at ``place`` of an order (None: of none). As `Ring.get_many`.
+
+        Raises also a ChecksumError: a sample is not what its prefetcher wrote.
+        """
         show_if_due()
         try:
-            return self.attach().get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
+            refs = self.attach().get_many(rows, self.timeout_s, self._tick, self.plan.describe, place)
+            damaged = self.damage_of(refs)
+            if damaged is not None:
+                refs = replace(refs, pins=None)  # an error that is kept must not keep them
+                raise damaged
         except ShmloaderError as error:
             self._complete(error)
             raise
+        return refs
+
+    def damage_of(self, refs: Refs) -> ChecksumError | None:
+        """Of the first sample that is not what its prefetcher wrote; None: all are, or none is sealed.
+
+        Returned, not raised: a traceback would keep the pins of ``refs``.
+        """
+        if not self.verify:
+            return None
+        for i, (row, (status, _)) in enumerate(zip(refs.ids, refs.statuses(), strict=True)):
+            found = damage(refs.record(i), RECORD_AT) if status == native.READY else None
+            if found is not None:
+                return _damaged(self.plan, row, found)
+        return None
 
     def attachment(self) -> Attachment:
         """What samples need to be looked into. Raises as `face`; PoisonedError: there is no schema, so no sample."""
@@ -207,6 +233,7 @@ class Reader:
             "spill_fd": None if spill_fd is None else reduction.DupFd(spill_fd),
             "log_fd": None if log is None else reduction.DupFd(log.write_fd),
             "timeout_s": self.timeout_s,
+            "verify": self.verify,
             "owner_pid": self.owner_pid,
             "owner": self.owner,
             "keys": self._keys,
@@ -219,5 +246,20 @@ class Reader:
         files = SetFiles(RingFiles(state["uuid"], *ring), payload, plan, spill, log)
         set_plan = read_plan(plan)
         assert set_plan is not None
-        self.__init__(files, set_plan, state["timeout_s"])  # type: ignore[misc]
+        self.__init__(files, set_plan, state["timeout_s"], state["verify"])  # type: ignore[misc]
         self.owner_pid, self.owner, self._keys = state["owner_pid"], state["owner"], state["keys"]
+
+
+def _damaged(plan: SetPlan, row: int, found: Damage) -> ChecksumError:
+    return ChecksumError(
+        f"{plan.describe(row)} is damaged: in shared memory it has the checksum {found.found:#010x}, but was written "
+        f"with {found.told}. Something wrote to the ring behind our back: a decoder past the end of its array (a "
+        "C extension that `process=` or the tokenizer uses?), another process of this user, or memory that is faulty. "
+        "Make the dataset again; if it comes back, leave `process=` out to see whose it is, and test the memory.",
+        source=plan.source.name,
+        shard=plan.shard(row),
+        row=plan.number(row),
+        place="ring",
+        expected=found.expected,
+        found=found.found,
+    )

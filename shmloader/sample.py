@@ -3,11 +3,12 @@
 A record is one contiguous, 64-byte-aligned block (little-endian, native sizes; the C core reads the same
 structure, ``shml_record_t`` in ``native/shml.h``)::
 
-    offset 0   u32 num_fields   u32 source   u64 reserved
+    offset 0   u32 num_fields   u32 source   u64 seal
     offset 16  per field, 40 bytes: u64 offset, u64 num_bytes, u32 dims[6]
     then       the fields' bytes, each 64-byte aligned
 
-``offset`` counts from the start of the record, 0 says that the sample lacks the field; two fields may
+``seal`` is 0, or with ``SHMLOADER_VERIFY`` the record's checksum (checksum.py). ``offset`` counts from the start of the
+record, 0 says that the sample lacks the field; two fields may
 share their bytes (``Field.same_as``). Fields come in the schema's order.
 """
 

@@ -45,12 +45,16 @@ LEAST_OPEN_RECORDS, MOST_OPEN_RECORDS = 1 << 15, 1 << 18
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the ring's regions, each a multiple of a page; and how many encoded ones the services keep at most."""
+    """Bytes of the ring's regions, each a multiple of a page; and how many encoded ones the services keep at most.
+
+    most_resident: so many samples stay, and no more; 0: as many as find room.
+    """
 
     resident_bytes: int
     transit_bytes: int
     raw_bytes: int
     raw_budget_bytes: int
+    most_resident: int = 0
 
     @property
     def file_bytes(self) -> int:
@@ -72,11 +76,13 @@ def divide(
     in_flight: int | None,
     ahead: int | None,
     window_bytes: int,
+    cache_size: int | None = None,
 ) -> Sizes:
     """The regions of a ring of ``ring_bytes``.
 
     most_record_bytes: no sample is larger; None: not known. chunk_bytes: (estimated) encoded bytes of each chunk.
     in_flight, ahead: samples that readers work on at once, and that are decoded ahead of them; None: not said.
+    cache_size: most samples that stay; None: as many as find room.
 
     Raises:
         RingTooSmallError: it cannot hold what is in flight; RecordTooLargeError: not even one sample.
@@ -86,23 +92,46 @@ def divide(
     # Estimates may be far too low (dictionaries are stored once, and unpacked for each row). The file is sparse, so
     # addresses are free; the budget is what is kept to.
     raw = _pages(int(1.08 * budget) + IPC_BYTES) * 4 + (1 << 30)
-    if most_record_bytes is not None and most_record_bytes * num_rows <= ring_bytes:
+    most_resident = 0 if cache_size is None or cache_size >= num_rows else cache_size
+    if not most_resident and most_record_bytes is not None and most_record_bytes * num_rows <= ring_bytes:
         return Sizes(ring_bytes, 0, raw, budget)
     transit = _transit(ring_bytes, most_record_bytes, in_flight, ahead)
-    return Sizes(ring_bytes - transit, transit, raw, budget)
+    resident = ring_bytes - transit
+    if most_resident and most_record_bytes is not None:
+        resident = min(resident, _pages(most_resident * most_record_bytes))
+    return Sizes(resident, transit, raw, budget, most_resident)
 
 
-def divide_open(ring_bytes: int, *, most_record_bytes: int | None, in_flight: int | None, ahead: int | None) -> Sizes:
+def most_ahead(cache_size: int | None) -> int | None:
+    """Of an open set's samples, how many are decoded ahead of the readers at most; None: as many as there is room for.
+
+    Of a stream nothing stays, so ``cache_size`` can only mean these. With too few of them nothing moves.
+    """
+    return None if cache_size is None else max(cache_size, LEAST_RECORDS)
+
+
+def divide_open(
+    ring_bytes: int,
+    *,
+    most_record_bytes: int | None,
+    in_flight: int | None,
+    ahead: int | None,
+    cache_size: int | None = None,
+) -> Sizes:
     """The regions of the ring of an open set, of at most ``ring_bytes``; see `divide`.
 
     Nothing stays, since no row ever comes again: all is transit, and only as large as it needs to be. Where the
-    samples' size is known that is twice what is in flight and decoded ahead; else a share of the ring.
+    samples' size is known that is twice what is in flight and decoded ahead, but twice ``cache_size`` at most; else
+    a share of the ring.
     """
     ring_bytes = _pages(ring_bytes)
     budget = 2 * OPEN_AHEAD_BYTES
     raw = _pages(int(1.08 * budget) + IPC_BYTES) * 4 + (1 << 30)
     most_share = MOST_DEFAULT_SHARE if most_record_bytes is None else 1.0
     transit = _transit(ring_bytes, most_record_bytes, in_flight, ahead, most_share)
+    most = most_ahead(cache_size)
+    if most is not None and most_record_bytes is not None:
+        transit = min(transit, _pages(2 * most * most_record_bytes))
     return Sizes(0, transit, raw, budget)
 
 

@@ -26,7 +26,7 @@ class Stats:
         replaced.
     batches_in_slots, batches_copied, batches_inline: batches that this process received in place, copied out of
         their slot because too many were held, or as bytes through the worker's pipe.
-    batch_backed_bytes: memory of this process's batch ring (of all its datasets).
+    batch_bytes: the most that this process's batch ring takes (of all its datasets). batch_backed_bytes: what it takes.
     """
 
     num_rows: int | None
@@ -51,6 +51,7 @@ class Stats:
     batches_in_slots: int
     batches_copied: int
     batches_inline: int
+    batch_bytes: int
     batch_backed_bytes: int
 
     @property

@@ -25,6 +25,7 @@ from torch.utils.data import get_worker_info
 import shmloader._native as native
 from shmloader.errors import StaleTokenError
 from shmloader.log_pipe import show_if_due
+from shmloader.options import ByteSize
 from shmloader.packed import pack, unpacked
 from shmloader.ring import JOIN_S, memory_limits
 from shmloader.views import JaggedPart, Part, Sample, WorkerBatch, tensor_in
@@ -134,6 +135,7 @@ class _BatchFiles:
     fd: int
     uuid: str
     owner_pid: int
+    budget_bytes: int
     handle: BatchRing | None = None
 
 
@@ -141,21 +143,30 @@ _known: _BatchFiles | None = None
 _lock = threading.RLock()  # guards `_known` and its handle; RLock: a tensor that dies meanwhile may come here
 
 
-def open_batch_ring() -> None:
+def batch_budget(size: ByteSize | None) -> int:
+    """Bytes for the slots of all workers of a process; ``size``: what was asked for, None: nothing was."""
+    limit = memory_limits()[0]
+    return min(int(limit * BUDGET_SHARE), MAX_BUDGET_BYTES) if size is None else min(size.resolve(limit), limit)
+
+
+def open_batch_ring(budget_bytes: int | None = None) -> None:
     """Make the batch ring of this training process, if there is none. With the first dataset; stays until exit.
 
     A DataLoader worker has none of its own, also if it makes a dataset: what it sends is for its training process.
+
+    budget_bytes: for its slots together; None: by default. Of a ring that is there already it changes nothing.
     """
     global _known
     with _lock:
         if get_worker_info() is not None or (_known is not None and _known.owner_pid == os.getpid()):
             return
         uuid = os.urandom(8).hex()
-        budget_bytes = min(int(memory_limits()[0] * BUDGET_SHARE), MAX_BUDGET_BYTES)
+        if budget_bytes is None:
+            budget_bytes = batch_budget(None) if _known is None else _known.budget_bytes
         fd = os.memfd_create(f"shmloader-batch-{uuid}", os.MFD_CLOEXEC)
         try:
             os.ftruncate(fd, ADDRESSES_PER_BYTE * budget_bytes + ADDRESSES_AT_LEAST)
-            _known = _BatchFiles(fd, uuid, os.getpid(), BatchRing(fd, uuid, budget_bytes))
+            _known = _BatchFiles(fd, uuid, os.getpid(), budget_bytes, BatchRing(fd, uuid, budget_bytes))
         except BaseException:
             os.close(fd)
             raise
@@ -179,7 +190,7 @@ def trim_batch_ring() -> None:
         known.handle.ring.trim()
 
 
-def known_files() -> tuple[Any, str, int] | None:
+def known_files() -> tuple[Any, str, int, int] | None:
     """The batch ring as it travels to a process that is spawned; for `join`."""
     _have_own()
     if _known is None:
@@ -191,10 +202,10 @@ def known_files() -> tuple[Any, str, int] | None:
         duplicate = reduction.DupFd(_known.fd)
         if process is not None:
             process._shmloader_batch_ring = duplicate
-    return duplicate, _known.uuid, _known.owner_pid
+    return duplicate, _known.uuid, _known.owner_pid, _known.budget_bytes
 
 
-def join(files: tuple[Any, str, int] | None) -> None:
+def join(files: tuple[Any, str, int, int] | None) -> None:
     """Take over what `known_files` gave in the parent."""
     global _known
     if files is None:
@@ -204,7 +215,7 @@ def join(files: tuple[Any, str, int] | None) -> None:
         # Known with the dataset before this one: then `fd` is the same, or (forkserver) a duplicate, which stays open
         # since closing any descriptor of a file gives up the locks that tell others that this process lives.
         if _known is None or _known.uuid != files[1]:
-            _known = _BatchFiles(fd, files[1], files[2])
+            _known = _BatchFiles(fd, *files[1:])
 
 
 def _have_own() -> None:

@@ -78,6 +78,8 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         window_bytes=DEFAULT_WINDOW,
         spill_bytes=None,
         spill_dir=None,
+        batch_bytes=None,
+        verify=False,
         prefetchers=None,
         timeout_s=DEFAULT_TIMEOUT_S,
         log="WARNING",
@@ -105,6 +107,8 @@ def test_every_variable_is_read() -> None:
         "SHMLOADER_WINDOW_BYTES": "64MiB",
         "SHMLOADER_SPILL_BYTES": "5%",
         "SHMLOADER_SPILL_DIR": "/scratch",
+        "SHMLOADER_BATCH_BYTES": "2GiB",
+        "SHMLOADER_VERIFY": "1",
         "SHMLOADER_PREFETCHERS": "3",
         "SHMLOADER_TIMEOUT_S": "1.5",
         "SHMLOADER_LOG": "debug",
@@ -116,6 +120,8 @@ def test_every_variable_is_read() -> None:
         "window_bytes": "64MiB",
         "spill_bytes": "5%",
         "spill_dir": "/scratch",
+        "batch_bytes": "2GiB",
+        "verify": True,
         "prefetchers": 3,
         "timeout_s": 1.5,
         "log": "DEBUG",
@@ -124,9 +130,16 @@ def test_every_variable_is_read() -> None:
 
 @pytest.mark.parametrize("name", [option.name for option in fields(Options)])
 def test_every_option_has_a_variable_of_its_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    value = {"log": "INFO", "spill_dir": "/scratch", "timeout_s": "7.5", "prefetchers": "7"}.get(name, "4096")
-    monkeypatch.setenv(f"SHMLOADER_{name.upper()}", value)
+    values = {"log": "INFO", "spill_dir": "/scratch", "timeout_s": "7.5", "prefetchers": "7", "verify": "True"}
+    monkeypatch.setenv(f"SHMLOADER_{name.upper()}", value := values.get(name, "4096"))
     assert str(getattr(Options(), name)) == str(getattr(Options.from_env(), name)) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "truth"), [("1", True), ("true", True), (" YES ", True), ("On", True), ("0", False), ("off", False)]
+)
+def test_what_is_on_or_off_can_be_said_in_many_ways(text: str, truth: bool) -> None:
+    assert Options.from_env({"SHMLOADER_VERIFY": text}).verify is truth
 
 
 @pytest.mark.parametrize(
@@ -143,6 +156,10 @@ def test_every_option_has_a_variable_of_its_name(monkeypatch: pytest.MonkeyPatch
         ("SHMLOADER_WINDOW_BYTES", "0", "512MiB"),
         ("SHMLOADER_SPILL_BYTES", "-1", "25%"),
         ("SHMLOADER_SPILL_BYTES", "101%", "25%"),
+        ("SHMLOADER_BATCH_BYTES", "0", "512MiB"),
+        ("SHMLOADER_BATCH_BYTES", "some", "25%"),
+        ("SHMLOADER_VERIFY", "2", "true"),
+        ("SHMLOADER_VERIFY", "perhaps", "off"),
         ("SHMLOADER_PREFETCHERS", "0", "from 1 to 64"),
         ("SHMLOADER_PREFETCHERS", "65", "from 1 to 64"),
         ("SHMLOADER_PREFETCHERS", "2.5", "from 1 to 64"),
@@ -182,6 +199,11 @@ def test_a_bad_variable_is_an_error_with_name_value_and_what_is_allowed(name: st
         ("spill_bytes", "-1"),
         ("spill_dir", ""),
         ("spill_dir", 7),
+        ("batch_bytes", 0),
+        ("batch_bytes", "many"),
+        ("verify", 1),
+        ("verify", "yes"),
+        ("verify", None),
         ("prefetchers", 0),
         ("prefetchers", 65),
         ("prefetchers", 2.5),

@@ -14,6 +14,7 @@
 typedef struct sums {                       /* what the descriptors and chunks come to */
     uint64_t num_live, num_holes, num_free; /* in the index; resident holes; FREE ones below desc_end */
     uint64_t used[SHML_NUM_REGIONS], head[SHML_NUM_REGIONS], resident_bytes;
+    uint64_t num_resident; /* samples in resident */
     uint32_t blocks[SHML_NUM_REGIONS], states[SHML_DESC_ASIDE + 1], working[SHML_MAX_CLIENTS];
 } sums_t;
 
@@ -39,6 +40,7 @@ static int check_block(shml_control_t *c, const shml_desc_t *desc, sums_t *sums,
     sums->used[i] += desc->state == SHML_DESC_HOLE ? 0 : desc->num_bytes;
     sums->num_holes += i == SHML_RESIDENT && desc->state == SHML_DESC_HOLE;
     sums->resident_bytes += i == SHML_RESIDENT ? desc->num_bytes : 0;
+    sums->num_resident += i == SHML_RESIDENT && desc->state != SHML_DESC_HOLE && shml_is_sample(desc->id);
     return SHML_OK;
 }
 
@@ -180,6 +182,8 @@ static int check_counts(shml_control_t *c, const sums_t *sums, const char **what
              states[SHML_DESC_RESERVED] == c->num_reserved && states[SHML_DESC_CLAIMED] == c->num_claimed &&
              states[SHML_DESC_SUSPECT] == c->num_suspect && states[SHML_DESC_ASIDE] == c->num_aside,
          "a count of records is wrong");
+    MUST(sums->num_resident == c->num_resident, "the count of resident samples is wrong");
+    MUST(c->most_resident == 0 || c->num_resident <= c->most_resident, "more samples are resident than may be");
     for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
         const shml_client_t *client = &shml_clients(c)[slot];
         MUST(client->num_working == sums->working[slot], "a client's count of rows is wrong");
@@ -213,7 +217,7 @@ static int check_chunks(shml_seg_t *seg, const char **what)
 {
     shml_control_t *c = seg->control;
     uint32_t counts[4] = {0}, num_final, num_stored;
-    uint64_t num_bytes, promised = 0;
+    uint64_t num_bytes, promised = 0, stored = 0;
     for (uint32_t i = 0; i < c->num_chunks; i++) {
         const shml_chunk_t *chunk = &shml_chunks(c)[i];
         uint32_t word = chunk->word, state = shml_word_state(word);
@@ -229,11 +233,13 @@ static int check_chunks(shml_seg_t *seg, const char **what)
         MUST((num_final == chunk->num_rows) == (state == SHML_CHUNK_DONE) || state == SHML_CHUNK_BROKEN,
              "a chunk is done with rows missing, or complete and not done");
         promised += shml_chunk_promise(chunk);
+        stored += num_stored;
     }
     MUST(counts[SHML_CHUNK_TODO] == c->chunks_todo && counts[SHML_CHUNK_CLAIMED] == c->chunks_claimed &&
              counts[SHML_CHUNK_DONE] == c->chunks_done && counts[SHML_CHUNK_BROKEN] == c->chunks_broken,
          "a count of chunks is wrong");
     MUST(promised == c->promised_rows, "promised_bytes is wrong");
+    MUST(stored == c->num_stored, "the count of stored samples is wrong");
     return SHML_OK;
 }
 

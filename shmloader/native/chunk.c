@@ -8,7 +8,8 @@
  * Resident is promised to chunks before their rows are decoded, by the mean size of the samples so far, and
  * over-promised by one chunk: what then finds no room takes its chunk's STAYS away (shml_chunk_unstay), and is not
  * promised again. It is decided when the chunk is fetched, and again with each row that is made of it, since the mean
- * changes.
+ * changes. Where only so many samples may stay (most_resident), these are promised in the same way, and over-promised by
+ * one chunk: so just as many stay, the last of them perhaps a part of their chunk.
  *
  * A kill ...                                leaves ...                               repaired by
  *   in claim, before the word               its unit's reader dead                   whoever claims there next
@@ -113,6 +114,8 @@ static int may_stay(const shml_control_t *c, const shml_chunk_t *chunk, int is_f
     const shml_region_t *resident = &c->regions[SHML_RESIDENT];
     uint64_t limit = shml_limit(resident) - resident->begin;
     if (resident->searched || limit == 0 || shml_word_state(chunk->word) > SHML_CHUNK_CLAIMED)
+        return 0;
+    if (shml_is_resident_full(c) || (c->most_resident > 0 && c->num_stored + c->promised_rows >= c->most_resident))
         return 0;
     uint64_t mean = c->num_commits > 0 ? c->commit_bytes / c->num_commits : c->record_bytes;
     if (mean == 0)

@@ -31,6 +31,9 @@ static uint32_t abi_hash(void)
         offsetof(struct shml_control, progress),
         offsetof(struct shml_control, num_orders),
         offsetof(struct shml_control, spill_bytes),
+        offsetof(struct shml_control, most_resident),
+        offsetof(struct shml_control, num_resident),
+        offsetof(struct shml_control, num_stored),
         offsetof(struct shml_control, spill_end),
         offsetof(struct shml_chunk, spilled),
         offsetof(struct shml_control, guest_wants),
@@ -178,6 +181,8 @@ int shml_control_format(void *control, uint64_t bytes, const shml_config_t *conf
         return SHML_E_INVAL;
     if (config->spill_bytes % SHML_SPILL_PAGE != 0 || config->spill_bytes > SHML_MAX_SPILL_BYTES)
         return SHML_E_INVAL;
+    if (config->most_resident > 0 && config->transit_bytes == 0) /* where would the others go? */
+        return SHML_E_INVAL;
     if (config->spill_bytes > 0 && config->rows_per_chunk > 0) /* of a stream's places each is another chunk's soon */
         return SHML_E_INVAL;
     c->version = SHML_VERSION;
@@ -188,6 +193,7 @@ int shml_control_format(void *control, uint64_t bytes, const shml_config_t *conf
     c->record_bytes = config->record_bytes;
     c->raw_budget_bytes = config->raw_budget_bytes;
     c->spill_bytes = config->spill_bytes;
+    c->most_resident = config->most_resident;
     c->control_bytes = need;
     if (shml_mutex_init(&c->mutex) != SHML_OK)
         return SHML_E_SYS;

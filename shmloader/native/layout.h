@@ -55,7 +55,7 @@
 #include "shml.h"
 
 #define SHML_MAGIC       UINT64_C(0x314c44524c4d4853) /* "SHMLRDL1" */
-#define SHML_VERSION     3u
+#define SHML_VERSION     4u
 #define SHML_MAX_CLIENTS 256u
 #define SHML_MAX_WANTS   512u
 #define SHML_NO_WANT     UINT64_MAX /* an empty place in the guests' list of wants */
@@ -193,6 +193,7 @@ struct shml_control {
     uint8_t boot_id[16];
     uint64_t pid_namespace;
     uint64_t control_bytes, ring_bytes, num_records, record_bytes, raw_budget_bytes, spill_bytes;
+    uint64_t most_resident; /* samples that may be resident; 0: any number */
     uint32_t max_clients, num_chunks, num_descs, num_buckets;
     uint32_t rows_per_chunk, chunks_per_order; /* of an open set; else 0 */
     uint64_t clients_at, wants_at, orders_at, marks_at, read_at, texts_at, chunks_at, descs_at, pins_at, buckets_at,
@@ -223,6 +224,8 @@ struct shml_control {
     uint32_t hole_list; /* HOLE descriptors of the resident region; index + 1 */
     uint32_t chunks_todo, chunks_claimed, chunks_done, chunks_broken;
     uint64_t promised_rows; /* of chunks that STAY and are not DONE: those that are not resident yet */
+    uint64_t num_resident;  /* samples with a block in resident: RESERVED, READY and ERROR ones */
+    uint64_t num_stored;    /* of these READY and ERROR ones: the sum of all chunks' num_stored */
 
     /* Written by anybody, each alone. */
     _Alignas(64) _Atomic uint64_t progress; /* +1 whenever anything moves: readers that wait look at it */
@@ -284,6 +287,11 @@ static inline int shml_is_open(const shml_control_t *c) { return c->rows_per_chu
 static inline int shml_is_resident(const shml_control_t *c, uint64_t offset)
 {
     return offset < c->regions[SHML_RESIDENT].end;
+}
+/* Are there as many samples in resident as may be? */
+static inline int shml_is_resident_full(const shml_control_t *c)
+{
+    return c->most_resident > 0 && c->num_resident >= c->most_resident;
 }
 static inline int shml_has_block(uint32_t state) { return state >= SHML_DESC_RESERVED && state <= SHML_DESC_HOLE; }
 static inline int shml_is_there(uint32_t state) { return state == SHML_DESC_READY || state == SHML_DESC_ERROR; }

@@ -91,9 +91,11 @@ static uint32_t *find_hole(shml_control_t *c, uint64_t num_bytes)
     return NULL;
 }
 
-static int resident_spot(shml_control_t *c, uint64_t num_bytes, shml_spot_t *spot)
+static int resident_spot(shml_control_t *c, uint64_t id, uint64_t num_bytes, shml_spot_t *spot)
 {
     shml_region_t *r = &c->regions[SHML_RESIDENT];
+    if (shml_is_sample(id) && shml_is_resident_full(c))
+        return SHML_E_FULL;
     uint32_t *hole = find_hole(c, num_bytes);
     *spot = (shml_spot_t){.region = SHML_RESIDENT, .offset = r->head};
     if (hole != NULL) {
@@ -132,7 +134,7 @@ static int find_spot(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, int urgen
     /* Decided with the first of its rows where it was not when it was fetched: there may be room by now. */
     int stays = chunk >= 0 && shml_is_sample(id) && !search->is_begun && shml_chunk_stay(seg, (uint32_t)chunk);
     if (!is_raw && (stays || !has_transit || id >= SHML_CHUNK_ERROR) && !search->is_begun) {
-        int status = resident_spot(c, num_bytes, spot);
+        int status = resident_spot(c, id, num_bytes, spot);
         if (status != SHML_E_FULL)
             return status;
         if (stays)

@@ -110,8 +110,9 @@ typedef struct shml_config {
     uint64_t raw_budget_bytes; /* so many of them are kept before one is evicted for another */
     uint64_t num_records;      /* samples of the source; ids below this never collide in the index */
     uint32_t num_chunks;
-    uint64_t record_bytes; /* of every sample, about; 0: not known. For what is promised before the first is there */
-    uint64_t spill_bytes;  /* of the file for encoded chunks on disk; a multiple of 4096, 0: there is none */
+    uint64_t record_bytes;  /* of every sample, about; 0: not known. For what is promised before the first is there */
+    uint64_t spill_bytes;   /* of the file for encoded chunks on disk; a multiple of 4096, 0: there is none */
+    uint64_t most_resident; /* so many samples stay, and no more; 0: as many as find room. Needs a transit region. */
     /* Not 0: an open set (open.c), of streams whose end is not known; each order's is cut into chunks of so many rows.
      * num_chunks is then SHML_MAX_ORDERS times the chunks that an order has places for, at least 2; num_records is how
      * many samples may be there at once; and resident_bytes is 0, transit_bytes is not. */
@@ -229,7 +230,7 @@ int shml_claim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint8_t *g
 int shml_unclaim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n); /* those that still are CLAIMED by us */
 
 /* Make room for record `id` (a row that this client has claimed, or an id that is nowhere or SUSPECT). Rows of chunks
- * that STAY go to the resident region while it has room, all others to transit (if there is none, to resident);
+ * that STAY go to the resident region while it has room and fewer than most_resident samples, all others to transit (if there is none, to resident);
  * SHML_RAW ids to the raw region; SHML_CHUNK_ERROR ids to resident, or transit.
  * In transit and raw room that was never used comes first, in raw within its budget; then the first run of bytes that is
  * free or held by evictable blocks, which are evicted.
@@ -456,6 +457,7 @@ typedef struct shml_region_stats {
 typedef struct shml_stats {
     shml_region_stats_t resident, transit, raw;
     uint64_t num_records;                      /* the rows of the source */
+    uint64_t num_resident, most_resident;      /* samples that stay, those being written included; 0: any number may */
     uint64_t num_ready, num_errors, num_aside; /* samples there are (resident and transit); that cannot be made */
     uint64_t num_reserved, num_claimed, num_suspect;
     uint64_t num_commits;     /* of samples, ever: decodes */
@@ -539,7 +541,7 @@ int shml_fault_report(const char *advice);
 typedef struct shml_record { /* the head of a record; `num_fields` shml_field_t follow */
     uint32_t num_fields;
     uint32_t source;
-    uint64_t reserved;
+    uint64_t seal; /* 0, or a checksum of all other bytes (checksum.py), which the core does not look at */
 } shml_record_t;
 
 typedef struct shml_field {

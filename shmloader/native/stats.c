@@ -24,6 +24,8 @@ int shml_get_stats(shml_seg_t *seg, shml_stats_t *stats)
         .transit = region_stats(&c->regions[SHML_TRANSIT]),
         .raw = region_stats(&c->regions[SHML_RAW_REGION]),
         .num_records = c->num_records,
+        .num_resident = c->num_resident,
+        .most_resident = c->most_resident,
         .num_ready = c->num_ready,
         .num_errors = c->num_errors,
         .num_aside = c->num_aside,

@@ -14,9 +14,9 @@ from typing import TypeVar
 import pyarrow as pa
 
 import shmloader._native as native
-from shmloader import processors
+from shmloader import checksum, processors
 from shmloader.deaths import Deaths
-from shmloader.errors import ProcessError, RecordTooLargeError, RingError, SampleError, ShmloaderError
+from shmloader.errors import ChecksumError, ProcessError, RecordTooLargeError, RingError, SampleError, ShmloaderError
 from shmloader.prefetch.plan import SetPlan, describe_fields
 from shmloader.prefetch.schedule import DecodeSchedule, Task
 from shmloader.prefetch.store import Pinned, RawStore, batches_of
@@ -43,7 +43,7 @@ _Shapes = dict[str, tuple[int, ...]]
 
 
 class Decoder:
-    """Does the tasks of one prefetcher, in one thread."""
+    """Does the tasks of one prefetcher, in one thread. verify: samples are sealed with a checksum."""
 
     def __init__(
         self,
@@ -53,7 +53,9 @@ class Decoder:
         built: Sequence[Processor],
         store: RawStore,
         schedule: DecodeSchedule,
+        verify: bool = False,
     ) -> None:
+        self._is_sealing = verify
         self._segment, self._writer, self._store, self._schedule = ring.segment, writer, store, schedule
         self._plan, self._processors = plan, built
         self._ring, self._deaths, self._is_noted = ring, Deaths(ring.files.deaths_fd), False
@@ -121,6 +123,8 @@ class Decoder:
         for chunk, row in task.rows:
             failure = pinned.failure(chunk, row)
             if failure is not None:
+                if isinstance(failure, ChecksumError):
+                    failure = self._placed(failure, row)
                 stamp = task.stamps.get(row)
                 self._put_error(row, failure, stamp, task.urgent and stamp is None)
                 yield row
@@ -172,6 +176,8 @@ class Decoder:
             arrays = layout.arrays(record)
             for rows in begun:
                 rows.write(i, arrays)
+            if self._is_sealing:
+                checksum.seal(record, checksum.RECORD_AT)
         except BaseException as error:
             if not is_want_of_memory(error):  # else our death gives it back, and counts
                 self._writer.abort(ticket)
@@ -216,7 +222,7 @@ class Decoder:
         """The same error with source, shard and row, in its data and its message."""
         kind: type[ShmloaderError] = SampleError
         text, data = f"{type(error).__name__}: {error}", {}
-        if isinstance(error, SampleError | RecordTooLargeError):
+        if isinstance(error, SampleError | RecordTooLargeError | ChecksumError):
             kind, text, data = type(error), str(error), error.data
         plan = self._plan
         data = {**data, "source": plan.source.name, "shard": plan.shard(row), "row": plan.number(row)}

@@ -43,7 +43,7 @@ from shmloader.prefetch.stream_schedule import LendingReader, StreamSchedule
 from shmloader.prefetch.want_of_memory import end_process, is_want_of_memory
 from shmloader.processors.base import Processor
 from shmloader.ring import Ring
-from shmloader.sizes import OPEN_AHEAD_BYTES, raw_budget
+from shmloader.sizes import OPEN_AHEAD_BYTES, most_ahead, raw_budget
 from shmloader.sources import open_reader
 from shmloader.sources.base import OpenReader, Reader
 from shmloader.sources.rows import BATCH_ROWS
@@ -72,8 +72,10 @@ class Prefetcher:
         reader: Reader | OpenReader,
         num_prefetchers: int,
         spill: Spill,
+        verify: bool = False,
+        cache_size: int | None = None,
     ) -> None:
-        self.ring = ring
+        self.ring, self._verify = ring, verify
         self.segment = ring.segment
         self.writer = Writer(ring)
         Deaths(ring.files.deaths_fd).begin(ring.slot)
@@ -84,8 +86,9 @@ class Prefetcher:
             parts = self._follow_chunks(plan, reader, spill)
         cut, orders, store, fetching, fetches, budget_bytes = parts
         record_bytes = None if plan.schema is None else plan.schema.record_bytes()
-        self.schedule = DecodeSchedule(self.segment, self.writer, cut, orders, num_prefetchers, record_bytes)
-        self.decoder = Decoder(ring, self.writer, plan, built, store, self.schedule)
+        most = most_ahead(cache_size) if plan.source.is_open else None
+        self.schedule = DecodeSchedule(self.segment, self.writer, cut, orders, num_prefetchers, record_bytes, most)
+        self.decoder = Decoder(ring, self.writer, plan, built, store, self.schedule, verify)
         held_bytes = budget_bytes // num_prefetchers
         self.fetcher = Fetcher(self.segment, self.writer, plan, fetches, store, fetching, held_bytes)
 
@@ -93,7 +96,9 @@ class Prefetcher:
         """What is particular to a closed set: all its chunks are known."""
         chunks = plan.chunks()
         orders = FollowedOrders(self.segment, chunks, plan.window_bytes)
-        store = RawStore(self.ring, self.writer, plan.source.schema, chunks.first_rows.tolist(), spill=spill)
+        store = RawStore(
+            self.ring, self.writer, plan.source.schema, chunks.first_rows.tolist(), spill=spill, verify=self._verify
+        )
         units = np.array(plan.source.units, np.int64)
         budget_bytes = raw_budget(plan.source.chunk_bytes, plan.window_bytes)
         schedule = FetchSchedule(self.segment, chunks, units, orders, budget_bytes)
@@ -104,7 +109,9 @@ class Prefetcher:
         assert isinstance(reader, OpenReader)
         lent = Lent()
         orders = OpenOrders(self.segment, BATCH_ROWS)
-        store = RawStore(self.ring, self.writer, plan.source.schema, PlaceRows(self.segment), lent=lent)
+        store = RawStore(
+            self.ring, self.writer, plan.source.schema, PlaceRows(self.segment), lent=lent, verify=self._verify
+        )
         chunk_bytes = BATCH_ROWS * plan.source.row_bytes
         schedule = StreamSchedule(self.segment, orders, OPEN_AHEAD_BYTES, chunk_bytes, BATCH_ROWS, reader.keep)
         lending = LendingReader(self.segment, reader, lent, schedule)
@@ -208,8 +215,9 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
         log.debug("cannot start", exc_info=True)
         Writer(ring).put_fatal(error)
     else:
-        spill = Spill(ring.segment, fds.get("spill"), head["why_no_spill"])
-        if Prefetcher(ring, plan, built, reader, head["num_prefetchers"], spill).run():
+        spill = Spill(ring.segment, fds.get("spill"), head["why_no_spill"], head["spill_dir"])
+        settings = (head["num_prefetchers"], spill, head["verify"], head["cache_size"])
+        if Prefetcher(ring, plan, built, reader, *settings).run():
             reader.close()
     ring.leave()
     # Without the interpreter's teardown: pyarrow's threads that still wind down can make it abort (seen with files of

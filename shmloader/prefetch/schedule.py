@@ -52,7 +52,7 @@ class DecodeSchedule:
     """Decides for one prefetcher, and claims. For one thread.
 
     cut: which chunk a row is of. num_prefetchers: of the set. record_bytes: of every sample, if it is known before the
-    first.
+    first. most_ahead: rows of all living orders that are decoded ahead at most; None: as many as find room.
     """
 
     def __init__(
@@ -63,7 +63,9 @@ class DecodeSchedule:
         orders: Follows,
         num_prefetchers: int,
         record_bytes: int | None,
+        most_ahead: int | None = None,
     ) -> None:
+        self._most_ahead = most_ahead
         self._segment, self._writer, self._orders = segment, writer, orders
         self._cut = cut
         self._first_rows, self._num_rows = cut.chunks.first_rows, cut.chunks.num_rows
@@ -186,7 +188,10 @@ class DecodeSchedule:
                 self._record_bytes = max(stats["commit_bytes"] // stats["num_commits"], 1)
         if self._record_bytes is None:
             return least
-        return max(least, self._transit_bytes // (2 * num_living) // self._record_bytes)
+        num_ahead = self._transit_bytes // (2 * num_living) // self._record_bytes
+        if self._most_ahead is not None:
+            num_ahead = min(num_ahead, self._most_ahead // num_living)
+        return max(least, num_ahead)
 
     def _claim_ahead(self, living: Followed, ahead: Lookahead, most: int) -> list[int]:
         """Claim the first rows that can be had; where in the window they are."""

@@ -25,11 +25,11 @@ _BUFFER_BYTES = 1 << 20
 class Spill:
     """The file of one set. One thread may write, another one read.
 
-    fd: of the file; None: there is none. why_not: in words, where there is none.
+    fd: of the file; None: there is none. why_not: in words, where there is none. folder: where it is, for messages.
     """
 
-    def __init__(self, segment: native.Segment, fd: int | None, why_not: str = "") -> None:
-        self._segment, self._why_not = segment, why_not
+    def __init__(self, segment: native.Segment, fd: int | None, why_not: str = "", folder: str = "") -> None:
+        self._segment, self._why_not, self.folder = segment, why_not, folder
         self._num_bytes = segment.stats()["spill_bytes"]
         if self._num_bytes and fd is None:
             raise ValueError("a set that spills must come with the file")

@@ -4,12 +4,16 @@ A chunk's record is an Arrow IPC stream of its rows. It is pinned while a task d
 stays open between tasks is kept *without* a pin, and used again only if the next pin finds the very same record
 (descriptor and generation), so that nothing that lies idle can keep the raw region from being used again. One on disk
 (spill.py) is the same stream, needs no pin, and never changes.
+
+With ``SHMLOADER_VERIFY`` the last bytes of either are a checksum of all before them, which who opens it compares: once,
+since rows are taken from it again and again.
 """
 
 from __future__ import annotations
 
 import bisect
 import json
+import logging
 import struct
 from array import array
 from collections import OrderedDict
@@ -20,7 +24,8 @@ from typing import IO, Protocol
 import pyarrow as pa
 
 import shmloader._native as native
-from shmloader.errors import ShmloaderError, from_wire, to_json
+from shmloader.checksum import SEAL_BYTES, Damage, Sealing, damage, seal
+from shmloader.errors import ChecksumError, ShmloaderError, from_wire, to_json
 from shmloader.prefetch.spill import Spill
 from shmloader.ring import Ring
 from shmloader.writer import Stamp, Writer
@@ -33,6 +38,10 @@ LARGE_ROW_BYTES = 16 << 10
 #: Most rows of a batch: enough for a tokenizer to work by the batch (guessed).
 BATCH_ROWS = 64
 
+#: Records and what is spilled take multiples of it: SHML_ALIGN in native/layout.h.
+ALIGNMENT = 64
+#: Where a chunk is damaged, all of its rows are.
+_ALL_ROWS = 1 << 62
 #: Of the schema's metadata: why a chunk has not all of its rows.
 _FAILURE = b"shmloader.failure"
 
@@ -71,6 +80,9 @@ class RawChunk:
             at += 1
 
 
+log = logging.getLogger("shmloader.prefetcher")
+
+
 def raw_chunk(
     record: tuple[int, int],
     first_row: int,
@@ -102,8 +114,33 @@ class FirstRows(Protocol):
 
 def with_failure(batch: pa.RecordBatch, num_rows: int, error: ShmloaderError) -> pa.RecordBatch:
     """The first rows of a chunk of ``num_rows``, with the reason why the others cannot be had."""
-    text = json.dumps({"num_rows": num_rows, "error": json.loads(to_json(error, native.TEXT_BYTES))})
-    return batch.replace_schema_metadata({_FAILURE: text})
+    return batch.replace_schema_metadata({_FAILURE: _failure_text(num_rows, error)})
+
+
+def _failure_text(num_rows: int, error: ShmloaderError) -> bytes:
+    return json.dumps({"num_rows": num_rows, "error": json.loads(to_json(error, native.TEXT_BYTES))}).encode()
+
+
+def _damaged(found: Damage, place: str, is_on_disk: bool) -> ChecksumError:
+    if is_on_disk:
+        where = f"on disk, in the folder {place}"
+        why = (
+            "The disk gave back something else than it took: see the kernel's log, and set SHMLOADER_SPILL_DIR to "
+            "another disk, or SHMLOADER_SPILL_BYTES=0 to keep none of them there."
+        )
+    else:
+        where = "in shared memory"
+        why = (
+            "Something wrote to the ring behind our back: a decoder past the end of its array (a C extension that "
+            "`process=` or the tokenizer uses?), another process of this user, or memory that is faulty."
+        )
+    return ChecksumError(
+        f"the encoded rows that it is of are damaged: {where}, they have the checksum {found.found:#010x}, but were "
+        f"written with {found.told}. {why} Make the dataset again.",
+        place=place,
+        expected=found.expected,
+        found=found.found,
+    )
 
 
 class Pinned:
@@ -136,7 +173,7 @@ class RawStore:
     """The raw region and the disk, as one prefetcher uses them. One thread may write, another one read.
 
     first_rows: of each chunk, asked for while it is pinned. schema: of the rows. lent: rows that this process has read
-    of a chunk that is not complete. spill: the file on disk; None: there is none.
+    of a chunk that is not complete. spill: the file on disk; None: there is none. verify: chunks are sealed.
     """
 
     def __init__(
@@ -148,7 +185,9 @@ class RawStore:
         *,
         lent: Lends | None = None,
         spill: Spill | None = None,
+        verify: bool = False,
     ) -> None:
+        self._verify = verify
         self._ring, self._writer, self._schema = ring, writer, schema
         self._first_rows, self._lent = first_rows, lent
         self._spill = Spill(ring.segment, None) if spill is None else spill
@@ -167,8 +206,13 @@ class RawStore:
         if ticket is None:
             return num_bytes
         try:
-            with pa.FixedSizeBufferWriter(pa.py_buffer(self._writer.record_of(ticket))) as sink:
+            record = self._writer.record_of(ticket)
+            with pa.FixedSizeBufferWriter(pa.py_buffer(record)) as sink:
                 self._write(sink, batches)
+                end = sink.tell()
+            if self._verify:
+                record[end:] = bytes(len(record) - end)
+                seal(record, len(record) - SEAL_BYTES)
         except BaseException:
             self._writer.abort(ticket)
             raise
@@ -180,7 +224,10 @@ class RawStore:
 
         Only for a chunk that this process has claimed, in place of `put`: never both.
         """
-        return self._spill.put(chunk, self._num_bytes(batches), lambda file: self._write(file, batches))
+        num_bytes, write = self._num_bytes(batches), self._write
+        if self._verify:
+            return self._spill.put(chunk, num_bytes, lambda file: self._write_sealed(file, batches, num_bytes))
+        return self._spill.put(chunk, num_bytes, lambda file: write(file, batches))
 
     def describe_disk(self) -> str:
         """As `Spill.describe`."""
@@ -189,7 +236,8 @@ class RawStore:
     def _num_bytes(self, batches: Sequence[pa.RecordBatch]) -> int:
         sink = pa.MockOutputStream()
         self._write(sink, batches)
-        return int(sink.size())
+        num_bytes = int(sink.size())
+        return -(-(num_bytes + SEAL_BYTES) // ALIGNMENT) * ALIGNMENT if self._verify else num_bytes
 
     def _write(self, sink: pa.NativeFile | IO[bytes], batches: Sequence[pa.RecordBatch]) -> None:
         failure = next(((b.schema.metadata or {}).get(_FAILURE) for b in batches), None)
@@ -197,6 +245,12 @@ class RawStore:
         with pa.ipc.new_stream(sink, schema) as stream:
             for batch in batches:
                 stream.write_batch(batch)
+
+    def _write_sealed(self, file: IO[bytes], batches: Sequence[pa.RecordBatch], num_bytes: int) -> None:
+        """As `_write`, and up to ``num_bytes`` zeros and the checksum of all."""
+        sealing = Sealing(file)
+        self._write(sealing, batches)
+        sealing.seal(num_bytes)
 
     # -- the decoding thread -----------------------------------------------------------------------------
 
@@ -218,10 +272,18 @@ class RawStore:
     def _opened(self, chunk: int, offset: int, num_bytes: int, desc: int, gen: int) -> RawChunk:
         found = self._open.pop(chunk, None)
         if found is None or found.record != (desc, gen):
-            place = self._spill if desc == _ON_DISK else self._ring.mapping
-            view = place.view(offset, num_bytes, None, True)
-            stream = pa.ipc.open_stream(pa.py_buffer(view))
-            batches, failure = list(stream), (stream.schema.metadata or {}).get(_FAILURE)
+            mapping = self._spill if desc == _ON_DISK else self._ring.mapping
+            view = mapping.view(offset, num_bytes, None, True)
+            found_damage = damage(memoryview(view), num_bytes - SEAL_BYTES) if self._verify else None
+            if found_damage is None:
+                stream = pa.ipc.open_stream(pa.py_buffer(view))
+                batches, failure = list(stream), (stream.schema.metadata or {}).get(_FAILURE)
+            else:
+                place = self._spill.folder if desc == _ON_DISK else "ring"
+                error = _damaged(found_damage, place, is_on_disk=desc == _ON_DISK)
+                log.error("chunk %d: %s", chunk, error)
+                batches = [pa.RecordBatch.from_pylist([], schema=self._schema)]
+                failure = _failure_text(_ALL_ROWS, error)
             found = raw_chunk((desc, gen), self._first_rows[chunk], batches, num_bytes, failure)
         self._open[chunk] = found
         if len(self._open) > MAX_OPEN:

@@ -151,6 +151,7 @@ class Supervisor:
                 most_record_bytes=layout.most_record_bytes,
                 in_flight=self.head["in_flight"],
                 ahead=self.head["ahead"],
+                cache_size=self.head["cache_size"],
             )
             num_records = open_records(sizes.transit_bytes)
             format_set(
@@ -165,6 +166,7 @@ class Supervisor:
             in_flight=self.head["in_flight"],
             ahead=self.head["ahead"],
             window_bytes=layout.window_bytes,
+            cache_size=self.head["cache_size"],
         )
         # Where all samples stay, nothing is fetched twice.
         spill_bytes = self.head["spill_bytes"] if sizes.transit_bytes else 0

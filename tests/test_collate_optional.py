@@ -225,6 +225,9 @@ def test_hf_keys_have_no_mask_so_a_lacking_image_is_an_error(change: Any) -> Non
             collate_as(made.face, PADDED, samples)
         with pytest.raises(ShmloaderError, match="lacks 'pixel_values'"):
             collate_as(made.face, PADDED, samples[1:2])
+        batch = collate_as(made.face, Lengths.parse(None, {"pixel_values": "list"}), samples)
+        assert [picture is None for picture in batch["pixel_values"]] == [False, True, False]
+        assert "pixel_values_mask" not in batch
 
 
 def test_nested_and_listed_fields_that_lack(pairs: Any) -> None:

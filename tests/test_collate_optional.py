@@ -125,6 +125,15 @@ def test_several_optional_fields_have_a_mask_each() -> None:
         assert batch["audio"][:, 0].tolist() == [0, 1, 0]
 
 
+def test_more_masks_and_fields_than_the_core_gathers_at_once() -> None:
+    fields = [Field(f"f{i}", "int64", (), optional=True) for i in range(40)]
+    with records(fields, [row(1, fields), row(2, fields, ["f0", "f39"])]) as made:
+        batch = default_collate(made.__getitems__([0, 1]))
+        assert len(batch) == 82
+        assert [batch[name].tolist() for name in ("f0", "f1", "f39")] == [[1, 0], [1, 2], [1, 0]]
+        assert [batch[f"{name}_mask"].tolist() for name in ("f1", "f39")] == [[True, True], [True, False]]
+
+
 # -- samples that somebody touched -------------------------------------------------------------------------
 
 

@@ -145,9 +145,10 @@ class Gathering:
             self._fill(outs)
         for i, lot in enumerate(self.lots):
             ops = [(*op, out) for output, out in zip(self.outputs, outs, strict=True) if (op := output.ops[i])]
-            if ops:
+            for first in range(0, len(ops), native.MAX_FIELDS):
+                some = ops[first : first + native.MAX_FIELDS]  # a field may have masks beside it
                 for packed, rows, base in lot.groups:
-                    lot.attachment.ring.segment.gather(packed, rows, ops, base)
+                    lot.attachment.ring.segment.gather(packed, rows, some, base)
 
     def _fill(self, outs: Sequence[Any]) -> None:
         for output, out in zip(self.outputs, outs, strict=True):

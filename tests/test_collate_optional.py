@@ -125,6 +125,15 @@ def test_several_optional_fields_have_a_mask_each() -> None:
         assert batch["audio"][:, 0].tolist() == [0, 1, 0]
 
 
+def test_more_masks_and_fields_than_the_core_gathers_at_once() -> None:
+    fields = [Field(f"f{i}", "int64", (), optional=True) for i in range(40)]
+    with records(fields, [row(1, fields), row(2, fields, ["f0", "f39"])]) as made:
+        batch = default_collate(made.__getitems__([0, 1]))
+        assert len(batch) == 82
+        assert [batch[name].tolist() for name in ("f0", "f1", "f39")] == [[1, 0], [1, 2], [1, 0]]
+        assert [batch[f"{name}_mask"].tolist() for name in ("f1", "f39")] == [[True, True], [True, False]]
+
+
 # -- samples that somebody touched -------------------------------------------------------------------------
 
 
@@ -225,6 +234,9 @@ def test_hf_keys_have_no_mask_so_a_lacking_image_is_an_error(change: Any) -> Non
             collate_as(made.face, PADDED, samples)
         with pytest.raises(ShmloaderError, match="lacks 'pixel_values'"):
             collate_as(made.face, PADDED, samples[1:2])
+        batch = collate_as(made.face, Lengths.parse(None, {"pixel_values": "list"}), samples)
+        assert [picture is None for picture in batch["pixel_values"]] == [False, True, False]
+        assert "pixel_values_mask" not in batch
 
 
 def test_nested_and_listed_fields_that_lack(pairs: Any) -> None:

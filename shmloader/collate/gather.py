@@ -50,8 +50,12 @@ class Lot:
     face: Face
     groups: tuple[Group, ...]
 
-    def places(self) -> tuple[Place, ...]:
-        """The place that each field's value takes. Raises a ShmloaderError if one lacks, and nothing would tell."""
+    def places(self, kept: tuple[str, ...]) -> tuple[Place, ...]:
+        """The place that each field's value takes.
+
+        Raises:
+            ShmloaderError: a sample lacks one of the fields ``kept``, and nothing in the batch would tell.
+        """
         face = self.face
         if face.places is not None:
             return face.places
@@ -64,7 +68,7 @@ class Lot:
         for index, (field, is_shown) in enumerate(zip(face.fields, face.is_shown, strict=True)):
             of_field = [(n, *measures[index]) for n, measures in measured]
             num_absent = sum(absent for _, _, _, absent in of_field)
-            if num_absent and is_shown and face.is_strict and field.optional:
+            if num_absent and face.is_strict and field.optional and field.name in kept:
                 raise untold(field.name)
             seen = [(low, high) for n, low, high, absent in of_field if absent < n]
             places.append(_place(field, seen) if is_shown and (field.optional or not num_absent) else None)
@@ -128,7 +132,7 @@ class Gathering:
         kept = _kept(faces, lengths)
         if touched:
             kept = tuple(name for name in kept if all(sample.is_view(name) for sample in touched))
-        return cls(lots, _outputs(faces, tuple(lot.places() for lot in lots), kept, names))
+        return cls(lots, _outputs(faces, tuple(lot.places(kept) for lot in lots), kept, names))
 
     @cached_property
     def names(self) -> set[str]:
@@ -141,9 +145,10 @@ class Gathering:
             self._fill(outs)
         for i, lot in enumerate(self.lots):
             ops = [(*op, out) for output, out in zip(self.outputs, outs, strict=True) if (op := output.ops[i])]
-            if ops:
+            for first in range(0, len(ops), native.MAX_FIELDS):
+                some = ops[first : first + native.MAX_FIELDS]  # a field may have masks beside it
                 for packed, rows, base in lot.groups:
-                    lot.attachment.ring.segment.gather(packed, rows, ops, base)
+                    lot.attachment.ring.segment.gather(packed, rows, some, base)
 
     def _fill(self, outs: Sequence[Any]) -> None:
         for output, out in zip(self.outputs, outs, strict=True):

@@ -53,8 +53,9 @@ class Values:
         present = [value for value in values if value is not _LACKING]
         if len(present) < len(values) and all(isinstance(value, np.generic) for value in present):
             values = [value if value is _LACKING else _number(value) for value in values]
-        presence = presence_name(origins.in_batch, name, len(present) < len(values))
         mode = self._lengths.mode(name, field)
+        is_told = mode == "list" and any(face.is_strict for face in origins.in_batch)  # by None in its place
+        presence = None if is_told else presence_name(origins.in_batch, name, len(present) < len(values))
         batch: dict[str, Any]
         if mode == "list":
             batch = {name: [None if value is _LACKING else value for value in values]}

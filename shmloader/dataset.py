@@ -35,16 +35,19 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         transform: called in the reading process on every read with a dict of private copies; returns a dict. Its
             random numbers (``random``, numpy's and torch's global generators) are seeded by (seed, epoch, sample).
         process: called in a prefetch process when a row is decoded (once, where all samples fit the ring), in
-            place of the built-in decoding: takes the row as a dict
-            (images as ``{"bytes", "path"}``), returns a dict of arrays, tensors, numbers or strings; cached.
-        columns: which columns to use, as {"text" | "image" | "labels": column}; None: recognise them.
+            place of the built-in decoding: takes the row as a dict (images and audio as ``{"bytes", "path"}``: see
+            `decode_image`, `decode_audio`), returns a dict of arrays, tensors, numbers or strings; cached.
+        columns: which columns to use, as {"text" | "image" | "audio" | "labels": column}; None: recognise them. A
+            column inside another one is named by its path ("answers.text"); of text there may be several, in a list,
+            which are joined by a line's end.
         load: passed on to ``datasets`` (name, revision, token, data_files, …).
         options: settings; None: those of the environment (``SHMLOADER_*``).
         writable: ``dataset[i]`` gives private copies in place of read-only views.
         seed: of the random numbers of ``transform``; another one gives other augmentations.
 
-    A sample is a dict: ``text`` int64 [L], ``image`` [3, V, V] (dtype by the config), ``labels`` int64 (a class,
-    or [L] tokens), ``task_type``, ``source``; what the dataset lacks is absent. A batch has tensors [B, …], with
+    A sample is a dict: ``text`` int64 [L], ``image`` [3, V, V] (dtype by the config), ``audio`` float32 [A] at 16 kHz,
+    ``labels`` int64 (a class, or [L] tokens), ``task_type``, ``source``; what the dataset lacks is absent. Beside text,
+    a row may lack its image or audio. A batch has tensors [B, …], with
     ``attention_mask`` beside ``text``.
 
     Raises:

@@ -35,9 +35,14 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         transform: called in the reading process on every read with a dict of private copies; returns a dict. Its
             random numbers (``random``, numpy's and torch's global generators) are seeded by (seed, epoch, sample).
         process: called in a prefetch process when a row is decoded (once, where all samples fit the ring), in
-            place of the built-in decoding: takes the row as a dict
-            (images as ``{"bytes", "path"}``), returns a dict of arrays, tensors, numbers or strings; cached.
-        columns: which columns to use, as {"text" | "image" | "labels": column}; None: recognise them.
+            place of the built-in decoding: takes the row as a dict (images and audio as ``{"bytes", "path"}``: see
+            `decode_image`, `decode_audio`), returns a dict of arrays, tensors, numbers or strings; cached.
+        columns: which columns to use, as {"text" | "image" | "audio" | "labels": column}; None: recognise them. A
+            column inside another one is named by its path ("answers.text"); of text there may be several, in a list,
+            which are joined by a line's end.
+        use_streaming: a Hub's data is read from where it lies, and never all of it at once. False: it is downloaded
+            first, into the caches of ``huggingface_hub`` and ``datasets``, and found there the next time.
+        cache_size: at most so many samples stay in the ring; None: as many as fit.
         keys: the names of fields in samples, batches and what ``transform`` gets. "shmloader": as below. "hf": those of
             transformers' models (``input_ids``, ``attention_mask``, ``pixel_values``, ``input_values``, ``labels``)
             and nothing else. A dict: {name: new name, or None to drop it}, masks included; the others keep theirs.
@@ -46,11 +51,12 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         writable: ``dataset[i]`` gives private copies in place of read-only views.
         seed: of the random numbers of ``transform``; another one gives other augmentations.
 
-    A sample is a dict: ``text`` int64 [L], ``image`` [3, V, V] (dtype by the config), ``labels`` int64 (a class,
-    or [L] tokens), ``task_type``, ``source``; what the dataset lacks is absent. A batch has tensors [B, …], with
-    ``attention_mask`` int64 [B, L] beside ``text``. What only some of a dataset's samples have is absent in the others;
-    each batch has zeros in its place, and ``image_mask`` (so for ``audio``), bool [B], that tells. So has a batch with
-    samples of several datasets (ConcatDataset) for what the samples of one of them lack.
+    A sample is a dict: ``text`` int64 [L], ``image`` [3, V, V] (dtype by the config), ``audio`` float32 [A] at 16 kHz,
+    ``labels`` int64 (a class, or [L] tokens), ``task_type``, ``source``; what the dataset lacks is absent. A batch has
+    tensors [B, …], with ``attention_mask`` int64 [B, L] beside ``text``. What only some of a dataset's samples have (an
+    image or a clip beside text may be null) is absent in the others; each batch has zeros in its place, and
+    ``image_mask`` (so for ``audio``), bool [B], that tells. So has a batch with samples of several datasets
+    (ConcatDataset) for what the samples of one of them lack.
 
     Raises:
         DatasetNotFoundError, SplitNotFoundError, EmptyDatasetError, ColumnError: at once.

@@ -39,7 +39,9 @@ def test_files_are_read_and_what_has_bytes_is_left(files, feature):
     column = pa.array(
         [{"bytes": b"own", "path": str(files[0])}, {"bytes": None, "path": str(files[1])}, None], MEDIA_TYPE
     )
-    batch = embed_media(pa.record_batch({"it": column}), Features(it=feature), REQUEST)
+    touched = []
+    batch = embed_media(pa.record_batch({"it": column}), Features(it=feature), REQUEST, lambda: touched.append(1))
+    assert len(touched) == 1
     assert batch.column("it").to_pylist() == [
         {"bytes": b"own", "path": str(files[0])},
         {"bytes": bytes([1]) * 5, "path": "1.bin"},

@@ -112,7 +112,7 @@ def _decode(data: Encoded, size: int | None) -> Pixels:
     if bytes(data[:3]) == _JPEG_START:
         try:
             pixels = _decode_jpeg(data, size)
-        except ValueError as error:
+        except (ValueError, KeyError) as error:  # KeyError: of a subsampling that it does not know
             refusal = str(error)
     if pixels is not None:
         orientation = jpeg_orientation(data)
@@ -130,7 +130,7 @@ def _decode_jpeg(data: Encoded, size: int | None) -> Pixels | None:
     """As `_decode`, of a JPEG; None where Pillow must see to it.
 
     Raises:
-        ValueError: libjpeg has an objection, be it a warning.
+        ValueError, KeyError: libjpeg has an objection, be it a warning.
     """
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     limit = Image.MAX_IMAGE_PIXELS

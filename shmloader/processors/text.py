@@ -100,6 +100,9 @@ class TextProcessor:
         for column, scalar in zip(self.columns, scalars, strict=True):
             try:
                 value = scalar.as_py()
+                if isinstance(value, str):
+                    texts.append(value)
+                    continue
                 chat = chat_of(value) if len(scalars) == 1 and _has_template(self._tokenizer) else None
                 if chat is not None:
                     return chat

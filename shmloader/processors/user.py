@@ -29,7 +29,7 @@ Process = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
 class UserProcessor:
-    """Yields what ``process(row)`` returns; ``row`` is a dict of a row's columns, an image as {"bytes", "path"}.
+    """Yields what ``process(row)`` returns; ``row`` is a dict of a row's columns, media as {"bytes", "path"}.
 
     schema_fields: the fields that another process has found already; None: the first row that succeeds sets
     ``fields``, which is empty until then. columns is empty: it takes every column that the batches have.
@@ -63,7 +63,7 @@ class UserProcessor:
 
         Raises:
             ProcessError: it raised or returned something else.
-            DecodeError: it let one of `decode_image` pass. MemoryError: there was no memory.
+            DecodeError: it let one of `decode_image` or `decode_audio` pass. MemoryError: there was no memory.
         """
         try:
             sample = self.process(row)

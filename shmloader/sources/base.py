@@ -17,7 +17,8 @@ class SourceRequest:
 
     dataset: a Hub id, a local folder or file, or a loaded ``datasets`` object.
     split: name of the split, as ``datasets`` names it.
-    columns: the user's ``columns=``: role ("text", "image", "labels") → column; None: recognise them.
+    columns: the user's ``columns=``: role ("text", "image", "audio", "labels") → column, or path into one; of text
+        several in a list; None: recognise them.
     all_columns: the user's ``process`` takes whole rows, so every column is read and none is chosen.
     load: passed on to ``datasets`` (name, revision, token, data_files, …); not in the repr.
     is_iterable: the rows are only iterated over, so nobody has to know how many they are.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -20,44 +20,48 @@ MEDIA_FEATURES = ("Image", "Audio")
 REMOTE_READS = 16
 
 
-def embed_media(batch: pa.RecordBatch, features: Mapping[str, Any], request: SourceRequest) -> pa.RecordBatch:
+def embed_media(
+    batch: pa.RecordBatch, features: Mapping[str, Any], request: SourceRequest, touch: Callable[[], None] = lambda: None
+) -> pa.RecordBatch:
     """``batch`` with the bytes of every image and clip in it, also inside structs, read from its path where need be.
 
     A file that is not there leaves its row as it is, so that only this row cannot be decoded. What is read keeps the
     file's name as its path, as the features' own ``embed_storage`` does (that of `Audio` is not used: it may want
     torchcodec, and neither reads several files at once).
 
+    touch: called after each file, in this thread.
+
     Raises:
         OSError: a file cannot be read; names it.
     """
     for index, field in enumerate(batch.schema):
         column = batch.column(index)
-        embedded = _embedded(column, features.get(field.name), request)
+        embedded = _embedded(column, features.get(field.name), request, touch)
         if embedded is not column:
             batch = batch.set_column(index, field, embedded)
     return batch
 
 
-def _embedded(array: pa.Array, feature: Any, request: SourceRequest) -> pa.Array:
+def _embedded(array: pa.Array, feature: Any, request: SourceRequest, touch: Callable[[], None]) -> pa.Array:
     """``array`` itself where nothing is to be read."""
     if type(feature).__name__ in MEDIA_FEATURES and array.type.equals(MEDIA_TYPE):
-        return _with_bytes(array, request)
+        return _with_bytes(array, request, touch)
     if not isinstance(feature, Mapping) or not pa.types.is_struct(array.type):
         return array
     old = [pc.struct_field(array, [i]) for i in range(array.type.num_fields)]
-    new = [_embedded(child, feature.get(f.name), request) for f, child in zip(array.type, old, strict=True)]
+    new = [_embedded(child, feature.get(f.name), request, touch) for f, child in zip(array.type, old, strict=True)]
     if all(one is other for one, other in zip(new, old, strict=True)):
         return array
     return pa.StructArray.from_arrays(new, fields=list(array.type), mask=array.is_null())
 
 
-def _with_bytes(array: pa.Array, request: SourceRequest) -> pa.Array:
+def _with_bytes(array: pa.Array, request: SourceRequest, touch: Callable[[], None]) -> pa.Array:
     data, paths = (pc.struct_field(array, [i]) for i in range(2))
     is_missing = pc.and_(pc.is_null(data), pc.is_valid(paths))
     if not pc.any(is_missing).as_py():
         return array
     missing = [path for path in paths.filter(is_missing).to_pylist() if path]
-    found = _read_all(dict.fromkeys(missing), request)
+    found = _read_all(dict.fromkeys(missing), request, touch)
     values = data.to_pylist()
     names = paths.to_pylist()
     for i, path in enumerate(names):
@@ -67,17 +71,23 @@ def _with_bytes(array: pa.Array, request: SourceRequest) -> pa.Array:
     return pa.StructArray.from_arrays(children, fields=list(MEDIA_TYPE), mask=array.is_null())
 
 
-def _read_all(paths: Iterable[str], request: SourceRequest) -> dict[str, bytes]:
+def _read_all(paths: Iterable[str], request: SourceRequest, touch: Callable[[], None]) -> dict[str, bytes]:
     """The bytes of each file that is there."""
     from datasets import DownloadConfig
     from datasets.utils.file_utils import is_local_path
 
     config = DownloadConfig(token=request.load.get("token"), storage_options=request.load.get("storage_options") or {})
-    local = {path: is_local_path(path.split("::")[0]) for path in paths}
-    found = {path: _read(path, config) for path in local if local[path]}
-    remote = [path for path in local if not local[path]]
-    found.update(zip(remote, _pool().map(lambda path: _read(path, config), remote), strict=True))
-    return {path: data for path, data in found.items() if data is not None}
+    local: list[str] = []
+    remote: list[str] = []
+    for path in paths:
+        (local if is_local_path(path.split("::")[0]) else remote).append(path)
+    found: dict[str, bytes] = {}
+    for names, reading in ((local, map), (remote, _pool().map)):
+        for path, data in zip(names, reading(lambda name: _read(name, config), names), strict=True):
+            touch()
+            if data is not None:
+                found[path] = data
+    return found
 
 
 def _read(path: str, config: Any) -> bytes | None:

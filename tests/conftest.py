@@ -24,6 +24,9 @@ from PIL import Image
 
 from shmloader import MultimodalConfig, Options, ShmMultimodalDataset
 
+# Warnings are errors in the services as well, and in all other programs that tests start.
+os.environ["PYTHONWARNINGS"] = "error"
+
 #: Pixels of a side of the test images: small, so that decoding costs nothing.
 SIDE = 16
 #: How long a condition may take to come true; only a broken one takes that long.

@@ -1,5 +1,5 @@
 /* The crash suite: whatever a client or a guest does, killed at any failpoint, the others go on, and a second kill in their
- * recovery changes nothing. Built with -DSHML_BREAK_REBUILD, _PINS, _REAP or _UNPIN it must fail (the Makefile sees to
+ * recovery changes nothing; nor do two deaths one after the other (crash_pairs.h). Built with -DSHML_BREAK_REBUILD, _PINS, _REAP or _UNPIN it must fail (the Makefile sees to
  * that). */
 #define _GNU_SOURCE
 #include <sys/mman.h>
@@ -711,6 +711,8 @@ static void killed_in_rebuild(void) { act(repair); }
 static void killed_while_rebuilding_a_chunk(void) { act(repair_a_chunk_that_is_complete); }
 static void killed_in_text_put(void) { act(say); }
 
+#include "crash_pairs.h"
+
 static void every_failpoint_was_passed(void)
 {
     const char *files[] = {"control.c", "client.c", "table.c", "rebuild.c", "region.c", "ring.c",  "claim.c",
@@ -731,4 +733,4 @@ TEST_MAIN(TEST(killed_in_reserve_or_commit), TEST(killed_while_reusing_a_hole),
           TEST(killed_while_breaking_what_guests_want), TEST(killed_in_an_order), TEST(killed_while_stamping),
           TEST(killed_in_reap), TEST(killed_while_setting_rows_aside), TEST(killed_in_register_or_unregister),
           TEST(killed_while_releasing_raw), TEST(killed_in_rebuild), TEST(killed_while_rebuilding_a_chunk),
-          TEST(killed_in_text_put), TEST(every_failpoint_was_passed))
+          TEST(killed_in_text_put), TEST(killed_one_after_the_other), TEST(every_failpoint_was_passed))

@@ -73,11 +73,13 @@ enum { SHML_CLIENT_FREE = 0, SHML_CLIENT_ACTIVE = 1 };
  * it is dead. Its slot number is its byte in the lock inode. */
 struct shml_client {
     _Atomic uint32_t state; /* truth; ACTIVE is stored after all else, FREE after all else was undone */
-    uint32_t gen;           /* +1 each time the slot is given away */
-    uint32_t role;          /* enum shml_role */
-    int32_t pid;
-    uint64_t starttime; /* with pid: which process, even when pids are used again */
-    int32_t owner;      /* slot of a worker's owner or a prefetcher's supervisor, -1: none */
+    /* Looked at without the mutex too, by who counts clients or probes whether one lives: what that finds is a guess,
+     * and confirmed under the mutex before anything is done about it. */
+    _Atomic uint32_t gen;  /* +1 each time the slot is given away */
+    _Atomic uint32_t role; /* enum shml_role */
+    _Atomic int32_t pid;
+    _Atomic uint64_t starttime; /* with pid: which process, even when pids are used again */
+    int32_t owner;              /* slot of a worker's owner or a prefetcher's supervisor, -1: none */
     uint32_t owner_gen;
     uint32_t num_wants;             /* of its want-list; commits take met ids out */
     _Atomic uint32_t wake;          /* futex word, any: +1 when the last want is met */
@@ -166,12 +168,13 @@ _Static_assert(sizeof(shml_order_t) == 128, "an order is two cache lines");
 /* A region of the ring. */
 typedef struct shml_region {
     uint64_t begin, end; /* written by format only */
-    uint64_t backed_end; /* truth: there is memory below this; raw: until shml_raw_release only grows */
-    uint64_t head;       /* derived: end of the highest block */
-    uint64_t used_bytes; /* derived: of RESERVED, READY and ERROR */
-    uint32_t frozen;     /* truth: memory was refused, backed_end is final */
-    uint32_t num_blocks; /* derived: blocks, HOLEs included */
-    uint32_t first;      /* derived; transit, raw: the list by offset: index + 1 of the first block */
+    _Atomic uint64_t
+        backed_end; /* truth; read without the mutex for the quota of pins: there is memory below this; raw: until shml_raw_release only grows */
+    uint64_t head;  /* derived: end of the highest block */
+    uint64_t used_bytes;     /* derived: of RESERVED, READY and ERROR */
+    _Atomic uint32_t frozen; /* truth; read as backed_end: memory was refused, backed_end is final */
+    uint32_t num_blocks;     /* derived: blocks, HOLEs included */
+    uint32_t first;          /* derived; transit, raw: the list by offset: index + 1 of the first block */
     uint32_t cursor;   /* derived; transit, raw: index + 1 of the block after which the search goes on, 0: at `begin` */
     uint32_t searched; /* a hint; the work word when the search last began at `begin`; resident: 1: it was full once */
     uint32_t last;     /* derived; transit, raw: index + 1 of the last block of the list */

@@ -28,7 +28,7 @@ def png(seed: int) -> bytes:
 def wav(seed: int, num_samples: int = 100) -> bytes:
     """A short clip of a constant."""
     file = io.BytesIO()
-    soundfile.write(file, np.full(num_samples, seed / 1000, np.float32), 16_000, format="WAV", subtype="FLOAT")
+    soundfile.write(file, np.full(num_samples, seed / 1000, np.float32), 16_000, format="WAV", subtype="PCM_16")
     return file.getvalue()
 
 

@@ -11,7 +11,6 @@ import pyarrow as pa
 import pytest
 from hub import Hub, serve
 from support_parquet import (
-    jpeg,
     plan_and_read,
     read_all,
     read_file,
@@ -160,21 +159,6 @@ def test_dataset_prepared_before_is_read_offline(hub, tmp_path):
     request = SourceRequest("org/texts", "train")
     assert read_all(request, SourcePlan.from_json(json.dumps(plan))).column("text").to_pylist() == ["a", "b"]
     assert hub.requests == []
-
-
-def test_hub_folder_of_images_is_a_stream_with_their_bytes(hub, tmp_path):
-    for i in range(4):
-        path = hub.root / "org" / "loose" / "train" / ("cat" if i % 2 else "dog") / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(i))
-    plan = hub_plan(hub, "org/loose", tmp_path)
-    assert (plan["mode"], plan["num_rows"], plan["revision"]) == ("sequential", 4, hub.commit("org/loose"))
-    assert hub.num_bytes_of(".jpg") == 0
-    loose = READ.replace("assert not heavy, heavy", "")
-    out = tmp_path / "rows.arrow"
-    run(loose, ["org/loose", "{}", tmp_path / "plan.json", out], tmp_path, HF_ENDPOINT=hub.endpoint)
-    found = {row["image"]["bytes"]: row["label"] for row in read_file(out).to_pylist()}
-    assert found == {jpeg(i): 0 if i % 2 else 1 for i in range(4)}
 
 
 def test_unknown_hub_dataset_is_not_found(hub, tmp_path):

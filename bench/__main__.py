@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bench import larger, order, warm
+from bench import larger, memory, order, warm
 
-_QUESTIONS = {"warm": warm, "larger": larger, "order": order}
+_QUESTIONS = {"warm": warm, "larger": larger, "order": order, "memory": memory}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,261 @@
+"""Is the memory of the services bounded, however much data passes through them?
+
+A source is read once, of a few rows, of a given size and of a larger one, in chunks that are as large in both:
+
+parquet  a file with large row groups, of which each is cut into pieces; its samples all stay, so every byte passes once
+jsonl    lines, which can only be read front to back; each iteration reads them as a stream
+
+The samples are of a few bytes (`process` counts letters), so that what is measured is what the services need for the
+source. Of each service the private memory (its own pages that are no file's: "Anonymous" of smaps_rollup, proc(5)) is
+looked at every few milliseconds, and the pages that the set has in shared memory. Both must be bounded by a number of
+chunks: what the larger source takes more than the smaller one must be less than `MOST_GROWTH` chunks, or than
+`MOST_NOISE_BYTES`. Windows of encoded chunks are kept as small as they can be, that of one chunk, so that the smaller
+source fills them, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from bench.host import describe_host
+from shmloader import Options, ShmMultimodalIterableDataset
+from shmloader.options import parse_size
+from shmloader.sources.rows import BATCH_ROWS
+
+HELP = "private and shared memory of the services, by the size of the source that passes through them"
+
+_RESULTS = Path(__file__).resolve().parent / "results"
+MIB = 1 << 20
+#: Letters of a row; so many of these are one row group.
+ROW_BYTES, GROUP_BYTES = 64 << 10, 256 * MIB
+SOURCES = ("parquet", "jsonl")
+#: Peaks are of moments: how far a fetching thread is when another one puts its chunk. So many chunks are no growth.
+MOST_GROWTH = 2.0
+#: And the allocators of a process keep what they had, which differs from run to run by so much.
+MOST_NOISE_BYTES = 32 * MIB
+#: Of the source of a few rows, by which it is known what a prefetcher takes without any.
+FEW_BYTES = 16 * ROW_BYTES
+_SAMPLE_S = 0.005
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``python -m bench memory``."""
+    parser.add_argument("--sources", default=",".join(SOURCES), help="which, with commas (default: %(default)s)")
+    parser.add_argument("--sizes", default="512MiB,2GiB", help="of the sources, two of them (default: %(default)s)")
+    parser.add_argument("--group", default=f"{GROUP_BYTES >> 20}MiB", help="of a row group (default: %(default)s)")
+    parser.add_argument("--prefetchers", type=int, default=2, help="processes (default: %(default)s)")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where the data is made, and removed (default: TMPDIR)"
+    )
+    parser.add_argument("--out", type=Path, default=_RESULTS, help="folder of the JSON (default: bench/results)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and save; 1 if a sample was wrong or memory grew with the source."""
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    asked = args.sources.split(",")
+    if unknown := set(asked) - set(SOURCES):
+        raise SystemExit(f"--sources: {', '.join(sorted(unknown))} is not one of {', '.join(SOURCES)}")
+    sizes = [parse_size(text, "--sizes").resolve(0) for text in args.sizes.split(",")]
+    if len(sizes) != 2 or not 0 < sizes[0] < sizes[1]:
+        raise SystemExit("--sizes: two of them, the smaller one first")
+    results = []
+    for source in asked:
+        for size in (FEW_BYTES, *sizes):
+            console.print(f"measuring: {source}, {size / MIB:,.0f} MiB", style="dim", highlight=False)
+            with tempfile.TemporaryDirectory(prefix="shmloader-bench-", dir=args.folder) as folder:
+                num_rows = _WRITERS[source](Path(folder) / f"data.{source}", size, parse_size(args.group).resolve(0))
+                results.append({"source": source, "bytes": size, **_measure(folder, num_rows, args.prefetchers)})
+    verdicts = [
+        _verdict(*(r for r in results if r["source"] == source and r["bytes"] != FEW_BYTES)) for source in asked
+    ]
+    _print(results, verdicts, console)
+    report = {
+        "question": "memory",
+        "command": ["python", "-m", "bench", *sys.argv[1:]],
+        "host": describe_host(),
+        "results": results,
+        "verdicts": verdicts,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / f"memory-{time.strftime('%Y%m%d-%H%M%S')}.json"
+    file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    console.print(f"written: {file}", style="dim", highlight=False, soft_wrap=True)
+    return 0 if all(r["is_right"] for r in results) and all(v["is_bounded"] for v in verdicts) else 1
+
+
+# ---- data ------------------------------------------------------------------------------------------------
+
+
+def _rows(num_rows: int) -> Iterator[tuple[int, str]]:
+    """(number, text): no two neighbours have the same letters, nor the same length."""
+    letters = [random.Random(seed).randbytes(ROW_BYTES // 2).hex() for seed in range(16)]
+    for row in range(num_rows):
+        yield row, letters[row % 16][: ROW_BYTES - row % 1000]
+
+
+def _length(row: int) -> int:
+    return ROW_BYTES - row % 1000
+
+
+def _write_parquet(file: Path, num_bytes: int, group_bytes: int) -> int:
+    num_rows, group = max(num_bytes // ROW_BYTES, 1), max(group_bytes // ROW_BYTES, 1)
+    schema = pa.schema([("number", pa.int64()), ("text", pa.string())])
+    rows = _rows(num_rows)
+    with pq.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
+        for first in range(0, num_rows, group):
+            numbers, texts = zip(*(next(rows) for _ in range(min(group, num_rows - first))), strict=True)
+            writer.write_table(pa.table({"number": numbers, "text": texts}, schema=schema), row_group_size=group)
+    return num_rows
+
+
+def _write_jsonl(file: Path, num_bytes: int, group_bytes: int) -> int:
+    del group_bytes  # lines have none
+    num_rows = max(num_bytes // ROW_BYTES, 1)
+    with file.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({"number": row, "text": text}) + "\n" for row, text in _rows(num_rows))
+    return num_rows
+
+
+_WRITERS: dict[str, Callable[[Path, int, int], int]] = {"parquet": _write_parquet, "jsonl": _write_jsonl}
+
+
+def count_letters(row: dict[str, Any]) -> dict[str, int]:
+    """The `process`: next to nothing stays of a row."""
+    return {"number": row["number"], "length": len(row["text"])}
+
+
+# ---- measuring -------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Looks at the services of a dataset until it is closed; a thread of its own.
+
+    private: pid → the most bytes. shared: the most bytes of the set's memfd.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._fd = dataset._reader.files.ring.ring_fd
+        self.private: dict[int, int] = {}
+        self.shared = self.num_looks = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._is_over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        pids = self._dataset.stats().service_pids
+        while not self._is_over.is_set():
+            if self.num_looks % 20 == 0:
+                pids = self._dataset.stats().service_pids
+            for pid in pids:
+                private = private_bytes(pid)
+                if private:
+                    self.private[pid] = max(self.private.get(pid, 0), private)
+            self.shared = max(self.shared, os.fstat(self._fd).st_blocks * 512)
+            self.num_looks += 1
+            self._is_over.wait(_SAMPLE_S)
+
+
+def private_bytes(pid: int) -> int:
+    """Pages of process ``pid`` that are its own and no file's; 0: it has ended."""
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    kib = next((line.split()[1] for line in text.splitlines() if line.startswith("Anonymous:")), "0")
+    return int(kib) * 1024
+
+
+def _measure(folder: str, num_rows: int, num_prefetchers: int) -> dict[str, Any]:
+    """Read the source once; what its services took at most, and whether every row came as it was written."""
+    options = Options(ring_bytes="256MiB", prefetchers=num_prefetchers, spill_bytes=0, window_bytes="1MiB")
+    began = time.perf_counter()
+    with ShmMultimodalIterableDataset(dataset_name=folder, process=count_letters, options=options) as dataset:
+        source = dataset._reader.plan.source
+        chunk_bytes = max(source.chunk_bytes, default=0) or BATCH_ROWS * ROW_BYTES
+        watch = Watch(dataset)
+        try:
+            lengths = {int(sample["number"]): int(sample["length"]) for sample in dataset}
+        finally:
+            watch.close()
+    most = sorted(watch.private.values())
+    return {
+        "rows": num_rows,
+        "mode": source.mode,
+        "is_open": source.is_open,
+        "seconds": time.perf_counter() - began,
+        "is_right": lengths == {row: _length(row) for row in range(num_rows)},
+        "chunk_bytes": chunk_bytes,
+        "supervisor_bytes": most[0],
+        "prefetcher_bytes": most[-1],
+        "services_bytes": sum(most),
+        "shared_bytes": watch.shared,
+        "looks": watch.num_looks,
+    }
+
+
+def _verdict(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
+    """By how many bytes the memory grew from the smaller source to the larger one."""
+    growth = {name: large[f"{name}_bytes"] - small[f"{name}_bytes"] for name in ("prefetcher", "shared")}
+    most = max(MOST_GROWTH * large["chunk_bytes"], MOST_NOISE_BYTES)
+    return {
+        "source": large["source"],
+        "growth_bytes": growth,
+        "most_growth_bytes": most,
+        "is_bounded": max(growth.values()) < most,
+    }
+
+
+def _print(results: list[dict[str, Any]], verdicts: list[dict[str, Any]], console: Console) -> None:
+    table = Table(
+        title="memory of the services, MiB",
+        title_justify="left",
+        title_style="bold",
+        caption="Private: the peaks of the largest prefetcher and of all services. Shared: of samples and encoded chunks.\n"
+        "Chunks: the prefetcher's private memory beyond what it has for a few rows, and all shared memory.",
+        caption_justify="left",
+    )
+    for name in ("source", "mode"):
+        table.add_column(name)
+    for name in ("MiB", "chunk", "prefetcher", "services", "shared", "chunks", "seconds", "data"):
+        table.add_column(name, justify="right")
+    bases = {row["source"]: row["prefetcher_bytes"] for row in results if row["bytes"] == FEW_BYTES}
+    for row in results:
+        chunk_bytes, beyond = row["chunk_bytes"], row["prefetcher_bytes"] - bases[row["source"]]
+        chunks = f"{beyond / chunk_bytes:.1f} + {row['shared_bytes'] / chunk_bytes:.1f}"
+        table.add_row(
+            row["source"],
+            row["mode"],
+            *(f"{row[f'{name}'] / MIB:,.0f}" for name in ("bytes", "chunk_bytes")),
+            *(f"{row[f'{name}_bytes'] / MIB:,.0f}" for name in ("prefetcher", "services", "shared")),
+            "" if row["bytes"] == FEW_BYTES else chunks,
+            f"{row['seconds']:.1f}",
+            "right" if row["is_right"] else "[red]WRONG[/red]",
+        )
+    console.print(table)
+    for verdict in verdicts:
+        told = "[green]bounded[/green]" if verdict["is_bounded"] else "[red]GROWS[/red]  "
+        growth = ", ".join(f"{name} {grown / MIB:+,.0f} MiB" for name, grown in verdict["growth_bytes"].items())
+        most = verdict["most_growth_bytes"] / MIB
+        console.print(f"{told}  {verdict['source']}: {growth} of {most:,.0f} MiB that are no growth", highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -75,6 +76,8 @@ class SharedDataset:
         _show_log(options.log)
         for notice in self._reader.plan.source.notices:
             log.info("%s", notice)
+        for warning in self._reader.plan.source.warnings:
+            warnings.warn(warning, stacklevel=3)  # of whoever calls the constructor
 
     # -- around it -------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@
 mode        rows come from                          chunks
 ==========  ======================================  ===============================
 local       Parquet files on this machine           row groups, any order
+downloaded  the same, fetched from the Hub first    row groups, any order
 streaming   Parquet files on the Hub                row groups, any order
 loaded      a ``datasets.Dataset``, prepared Arrow  64 rows, any order
 sequential  a stream, or files of another format    64 rows, front to back
@@ -62,7 +63,7 @@ def open_reader(
 
     touch: called whenever something was read, also of what nobody asked for and is only passed over.
     """
-    if plan.mode in ("local", "streaming"):
+    if plan.mode in ("local", "downloaded", "streaming"):
         from shmloader.sources.parquet import ParquetReader
 
         return ParquetReader(request, plan, touch)

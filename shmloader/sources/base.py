@@ -80,10 +80,12 @@ class SourcePlan:
     num_rows: None: nobody knows, perhaps there is no end. The plan is *open* then: it names no chunks, they are cut
     while they are read, each iteration's anew.
     name: as the user sees it in messages and in every sample's ``source``. mode: "streaming" (row groups
-    over the network), "local", "loaded" (a ``datasets.Dataset``) or "sequential" (one stream, read front to
-    back; chunks can only be had in order). num_bytes: of the source's files, where known.
-    arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
+    over the network), "local", "downloaded" (local files that were fetched first), "loaded" (a ``datasets.Dataset``)
+    or "sequential" (one stream, read front to back; chunks can only be had in order). num_bytes: of the source's files,
+    where known. arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
+    root: the local folder that stands for a Hub dataset: its snapshot in the Hub's cache, where it is read offline.
     shard_bytes: size of each shard's file, where known. notices: one line each, for the user to see.
+    warnings: the same, of what changes which rows there are, or where they are from.
     units: for each chunk the index of its unit's first chunk. The chunks of a unit lie one behind the other in
     something that can only be read front to back (a large row group, a stream): one reader, in order.
     chunk_bytes: encoded bytes of each chunk, as an Arrow IPC stream: an estimate; where nothing is known, the guess of
@@ -102,6 +104,8 @@ class SourcePlan:
     revision: str | None = None
     num_bytes: int | None = None
     notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    root: str | None = None
     shard_bytes: tuple[int, ...] = ()
     units: tuple[int, ...] = ()
     chunk_bytes: tuple[int, ...] = ()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ _UNREACHABLE = {
     "RemoteProtocolError",
     "TimeoutException",
 }
+#: HTTP: the server is there, and cannot work now.
+_DOWN = (500, 502, 503, 504)
 _COMPRESSION = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
 #: Reading is tried again this often by a stream of ``datasets`` (its default, 20 times, hides a dead Hub for
 #: nine minutes; guessed).
@@ -56,10 +59,10 @@ def source_name(request: SourceRequest) -> str:
     return getattr(info, "dataset_name", None) or type(dataset).__name__
 
 
-def resolve_builder(request: SourceRequest, revision: str | None = None) -> Any:
+def resolve_builder(request: SourceRequest, revision: str | None = None, root: str | None = None) -> Any:
     """The ``datasets`` builder of a dataset given by name; a local file gets the builder of its format.
 
-    revision: the commit to pin, where the plan has one.
+    revision: the commit to pin, where the plan has one. root: the local folder that stands for a Hub dataset, likewise.
 
     Raises:
         DatasetNotFoundError: there is no such dataset, folder or file.
@@ -70,6 +73,9 @@ def resolve_builder(request: SourceRequest, revision: str | None = None) -> Any:
     name, load = source_name(request), dict(request.load)
     if revision is not None:
         load["revision"] = revision
+    if root is not None:
+        name = root
+        load.pop("revision", None)
     path = Path(name).expanduser()
     if path.is_file():
         builder, options = _builder_of_file(path)
@@ -141,16 +147,34 @@ def has_secret(request: SourceRequest, text: str) -> bool:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether ``error`` comes of a server that was not reached, or of offline mode."""
+    """Whether ``error`` comes of a server that was not reached or cannot work now, or of offline mode."""
     return any(
-        type(e).__name__ in _UNREACHABLE or isinstance(e, (ConnectionError, TimeoutError)) for e in _chain(error)
+        type(e).__name__ in _UNREACHABLE
+        or isinstance(e, (ConnectionError, TimeoutError))
+        or getattr(getattr(e, "response", None), "status_code", 0) in _DOWN
+        for e in chain(error)
     )
+
+
+def is_offline() -> bool:
+    """Whether offline mode is on: no request may be made."""
+    return bool(quiet_datasets().config.HF_HUB_OFFLINE)
+
+
+def is_answered(error: SourceError) -> bool:
+    """Whether what `translated` raised is what the Hub said, or comes of what is on this machine."""
+    return "endpoint" not in error.data
+
+
+def is_script(error: SourceError) -> bool:
+    """Whether what `translated` raised says that the dataset is a loading script on the Hub."""
+    return "script" in error.data
 
 
 def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceError:
     name = source_name(request)
     detail = without_secrets(request, f"{type(error).__name__}: {error}")
-    kinds = {type(e).__name__ for e in _chain(error)}
+    kinds = {type(e).__name__ for e in chain(error)}
     if is_unreachable(error):
         from huggingface_hub import constants
 
@@ -175,6 +199,14 @@ def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceErr
             f"{name}: no such data files, or none of a known format ({detail}). Check data_files= in load=.",
             dataset=name,
             split=request.split,
+        )
+    script = re.fullmatch(r"Dataset scripts are no longer supported, but found (.+)", str(error))
+    if script:
+        return SourceError(
+            f"{name} is a loading script ({script[1]}), which datasets does not run any more. Give its data files, or "
+            "write what it yields once as Parquet with an older datasets.",
+            dataset=name,
+            script=script[1],
         )
     if isinstance(error, FileNotFoundError) or kinds & {"DatasetNotFoundError", "HFValidationError"}:
         return _not_found(request, name, detail)
@@ -223,7 +255,8 @@ def _secrets(request: SourceRequest) -> list[str]:
     return [value for value in values if isinstance(value, str) and len(value) >= 6]
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """``error``, and what it comes of."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -233,4 +266,4 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _chain_text(error: BaseException) -> str:
-    return "\n".join(str(e) for e in _chain(error))
+    return "\n".join(str(e) for e in chain(error))

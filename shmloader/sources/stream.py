@@ -176,7 +176,7 @@ def open_planned(request: SourceRequest, plan: SourcePlan) -> tuple[Any, Any]:
     """The ``IterableDataset`` of a plan, and its features. Prefetcher only."""
     builder = None
     if not hasattr(request.dataset, "features") and not isinstance(request.dataset, Mapping):
-        builder = resolve_builder(request, plan.revision)
+        builder = resolve_builder(request, plan.revision, plan.root)
     with translated(request, "open"):
         stream = _open_stream(request, builder)
         return stream, stream.features or _inferred_features(request, stream)

@@ -218,8 +218,8 @@ def _nowhere(request: SourceRequest, repo: str, why: str) -> SourceError:
         f"the dataset exists. Looked for a local folder or file {str(Path(name).absolute())!r}, for files of revision "
         f"{revision!r} in the Hub's cache ({constants.HF_HUB_CACHE}), and for what datasets prepared "
         f"({datasets.config.HF_DATASETS_CACHE}). Fill the cache while the Hub can be reached: hf download {repo} "
-        "--repo-type dataset, or open the dataset once with use_streaming=False; or check the network, HF_ENDPOINT, "
-        "HF_HOME and HF_HUB_OFFLINE.",
+        "--repo-type dataset, or open the dataset once with use_streaming=False; or check "
+        f"{'HF_HUB_OFFLINE' if is_offline() else 'the network, HF_ENDPOINT'} and HF_HOME.",
         dataset=name,
         endpoint=constants.ENDPOINT,
     )

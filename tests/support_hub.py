@@ -94,12 +94,9 @@ def ask_offline(hub: Hub, name: str, tmp_path: Path, **asked: Any) -> Found:
 
 def fill_cache(hub: Hub, name: str, tmp_path: Path, **arguments: Any) -> None:
     """What ``hf download`` does."""
-    script = (
-        "import json, sys, huggingface_hub as h; h.snapshot_download(repo_type='dataset', **json.loads(sys.argv[1]))"
-    )
-    run(
-        script, [json.dumps({"repo_id": name, "repo_type": "dataset", **arguments})], tmp_path, HF_ENDPOINT=hub.endpoint
-    )
+    asked = {"repo_id": name, "repo_type": "dataset", **arguments}
+    script = "import json, sys; from huggingface_hub import snapshot_download as get; get(**json.loads(sys.argv[1]))"
+    run(script, [json.dumps(asked)], tmp_path, HF_ENDPOINT=hub.endpoint)
 
 
 def write_json(path: Path, first: int, num: int) -> None:

@@ -141,5 +141,5 @@ def test_malformed_file_that_is_prepared_is_an_error_that_names_it(hub, tmp_path
     path = hub.root / "org" / "lines" / "train-1.jsonl"
     path.write_text(json.dumps({"text": "x", "label": 1}) + '\n{"text": \n')
     found = ask(hub, "org/lines", tmp_path, is_downloaded=True)
-    assert found.error["type"] == "SourceError"
+    assert found.error["type"] == "ReadError"
     assert "train-1.jsonl" in found.message

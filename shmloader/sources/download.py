@@ -18,9 +18,10 @@ from typing import Any
 from shmloader.errors import SourceError
 from shmloader.options import size_text
 from shmloader.sources.base import SourceRequest
+from shmloader.sources.blame import chain
 from shmloader.sources.hub import HubFiles, cached_copy, is_remote, parts_of
 from shmloader.sources.hub_cache import folder_of, remember_files, repo_of
-from shmloader.sources.resolve import chain, source_name, translated
+from shmloader.sources.resolve import source_name, translated
 
 log = logging.getLogger("shmloader.sources")
 

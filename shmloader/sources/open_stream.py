@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError
 from shmloader.sources.base import Chunk, OnRow, SourcePlan, SourceRequest
+from shmloader.sources.blame import why_failed
 from shmloader.sources.resolve import has_secret, without_secrets
 from shmloader.sources.rows import one_batch
 from shmloader.sources.stream import as_arrow, open_planned, plain_rows
@@ -66,7 +67,7 @@ class OpenStreamReader:
         if unfit is not None:  # before whatever came behind
             failure, row = unfit, chunk.first_row + (0 if batch is None else batch.num_rows)
         if failure is not None:
-            found.failed = (row, f"{type(failure).__name__}: {failure}")
+            found.failed = (row, why_failed(failure))
         if batch is not None:
             yield chunk.first_row, batch
         if failure is not None and found.failed is not None:

@@ -14,8 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shmloader.errors import DatasetNotFoundError, EmptyDatasetError, ShmloaderError, SourceError, SplitNotFoundError
+from shmloader.errors import (
+    DatasetNotFoundError,
+    EmptyDatasetError,
+    ReadError,
+    ShmloaderError,
+    SourceError,
+    SplitNotFoundError,
+)
 from shmloader.sources.base import SourceRequest
+from shmloader.sources.blame import chain, failure, missing_package
 
 #: Connection failures by the name of their class: the clients' HTTP library changes (requests, httpx, httpx2).
 _UNREACHABLE = {
@@ -173,7 +181,9 @@ def is_script(error: SourceError) -> bool:
 
 def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceError:
     name = source_name(request)
-    detail = without_secrets(request, f"{type(error).__name__}: {error}")
+    file, why = failure(error)
+    detail = without_secrets(request, why)
+    file = None if file is None else without_secrets(request, file)
     kinds = {type(e).__name__ for e in chain(error)}
     if is_unreachable(error):
         from huggingface_hub import constants
@@ -194,6 +204,12 @@ def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceErr
             dataset=name,
             split=request.split,
         )
+    if isinstance(error, StopIteration):  # of a builder that looked at the first rows
+        return EmptyDatasetError(
+            f"{name}, split {request.split!r}, has no rows: its files are empty. Check them, or data_files= in load=.",
+            dataset=name,
+            split=request.split,
+        )
     if "DataFilesNotFoundError" in kinds or (isinstance(error, FileNotFoundError) and request.load.get("data_files")):
         return EmptyDatasetError(
             f"{name}: no such data files, or none of a known format ({detail}). Check data_files= in load=.",
@@ -210,6 +226,22 @@ def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceErr
         )
     if isinstance(error, FileNotFoundError) or kinds & {"DatasetNotFoundError", "HFValidationError"}:
         return _not_found(request, name, detail)
+    package = missing_package(error)
+    if package is not None:
+        return SourceError(
+            f"Cannot {verb} {name!r}: the package {package!r} is needed for it: pip install {package}. ({detail})",
+            dataset=name,
+            package=package,
+        )
+    if file is not None:
+        return ReadError(
+            f"{name}: cannot read {file}: {detail}. Mend the file, leave it out with data_files= in load=, or say "
+            "there how datasets is to read its format.",
+            dataset=name,
+            shard=file,
+            first_row=None,
+            num_rows=None,
+        )
     is_config = isinstance(error, ValueError) and "config" in str(error).lower()
     remedy = '. Name the configuration with load={"name": …}.' if is_config else ""
     return SourceError(f"Cannot {verb} {name!r}: {detail}{remedy}", dataset=name)
@@ -235,8 +267,14 @@ def _not_found(request: SourceRequest, name: str, detail: str) -> DatasetNotFoun
 
 
 def _builder_of_file(path: Path) -> tuple[str, dict[str, Any]]:
+    from datasets.data_files import DataFilesList
+    from datasets.load import infer_module_for_data_files_list
     from datasets.packaged_modules import _EXTENSION_TO_MODULE
 
+    if path.suffix.lower() == ".zip":
+        module, options = infer_module_for_data_files_list(DataFilesList([str(path.resolve())], [()]))
+        if module is not None:
+            return str(module), dict(options)
     suffixes = [s for s in path.suffixes if s.lower() not in _COMPRESSION]
     for suffix in reversed(suffixes):
         found = _EXTENSION_TO_MODULE.get(suffix) or _EXTENSION_TO_MODULE.get(suffix.lower())
@@ -244,7 +282,7 @@ def _builder_of_file(path: Path) -> tuple[str, dict[str, Any]]:
             return found[0], dict(found[1])
     raise DatasetNotFoundError(
         f"{str(path)!r} is a file of no known format ({path.suffix or 'no suffix'}). "
-        "Use .parquet, .json, .jsonl, .csv, .txt or .arrow, or a folder of such files.",
+        "Use .parquet, .json, .jsonl, .csv, .txt or .arrow, a .zip of such files, or a folder of them.",
         dataset=str(path),
     )
 
@@ -253,16 +291,6 @@ def _secrets(request: SourceRequest) -> list[str]:
     values = [request.load.get("token"), os.environ.get("HF_TOKEN"), os.environ.get("HUGGING_FACE_HUB_TOKEN")]
     values += [v for v in (request.load.get("storage_options") or {}).values()]
     return [value for value in values if isinstance(value, str) and len(value) >= 6]
-
-
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """``error``, and what it comes of."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
 
 
 def _chain_text(error: BaseException) -> str:

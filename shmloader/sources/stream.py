@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError, SourceError
 from shmloader.sources.base import GUESSED_ROW_BYTES, Chunk, SourcePlan, SourceRequest
+from shmloader.sources.blame import why_failed
 from shmloader.sources.columns import choose_columns
 from shmloader.sources.images import embed_images
 from shmloader.sources.resolve import (
@@ -114,7 +115,7 @@ class StreamReader:
         except (ShmloaderError, MemoryError):
             raise
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
+            why = why_failed(error)
             failure = self._read_error(chunk, why)
             self._failed = (chunk.first_row, why)
             self._batches = None

@@ -8,6 +8,7 @@ from types import FrameType
 
 #: Where builders read files, and what they call the one that is being read.
 _BUILDERS = "datasets.packaged_modules."
+_WRAPPERS = ("DatasetGenerationError", "DatasetGenerationCastError")
 _TELLS_ROW = re.compile(r"\b(row|line) \d")
 _FILE_NAMES = ("file", "tar_path", "downloaded_metadata_file")
 
@@ -28,8 +29,8 @@ def failure(error: BaseException) -> tuple[str | None, str]:
     Of several errors that came of one another in that file, the one that tells the row or line.
     """
     found = [(place, one) for one in chain(error) if (place := _place_of(one)) is not None]
-    if not found:
-        return None, _text(error)
+    if not found:  # what `datasets` wraps an error in says nothing of it
+        return None, _text(next((e for e in chain(error) if type(e).__name__ not in _WRAPPERS), error))
     place, one = next((pair for pair in found if _TELLS_ROW.search(str(pair[1]))), found[0])
     file, block = place
     is_counted_anew = block and _TELLS_ROW.search(str(one))
@@ -40,7 +41,7 @@ def missing_package(error: BaseException) -> str | None:
     """The package without which a compressed file cannot be read; None: ``error`` is of something else."""
     for one in chain(error):
         if isinstance(one, ImportError):
-            found = re.search(r"pip install '?([\w-]+)", str(one))
+            found = re.search(r"install '?([\w-]+)", str(one))
             return found[1] if found else one.name
         unknown = re.search(r"Compression type (\w+) not supported", str(one))
         if unknown:

@@ -99,7 +99,7 @@ class SharedDataset:
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """For each source: name, split, mode, rows, revision, and what was noticed about it."""
+        """For each source: name, split, mode, rows, revision, and what was noticed or warned of about it."""
         source = self._reader.plan.source
         return [
             {
@@ -109,6 +109,7 @@ class SharedDataset:
                 "rows": source.num_rows,
                 "revision": source.revision,
                 "notices": list(source.notices),
+                "warnings": list(source.warnings),
             }
         ]
 

@@ -54,6 +54,17 @@ def test_copy_is_read_where_no_card_tells_the_number_of_rows(hub, tmp_path):
     assert hub.num_bytes_of(".jsonl") == 0
 
 
+def test_card_that_tells_the_number_of_rows_leaves_it_a_stream(hub, tmp_path):
+    path = write_lines(hub)
+    write_copy(hub.copy("org/lines") / "default" / "train", 100)
+    features = "features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype: int64\n"
+    splits = "  splits:\n  - name: train\n    num_bytes: 1\n    num_examples: 100\n"
+    path.with_name("README.md").write_text(f"---\ndataset_info:\n  {features}{splits}---\n")
+    found = ask(hub, "org/lines", tmp_path)
+    assert (found.mode, found.plan["num_rows"]) == ("sequential", 100)
+    assert found.rows == json_rows(0, 100)
+
+
 def test_iterable_request_stays_a_stream_of_the_datasets_own_files(hub, tmp_path):
     write_lines(hub)
     write_copy(hub.copy("org/lines") / "default" / "train", 100)

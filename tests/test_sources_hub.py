@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from hub import Hub, serve
+from support_hub import IMPATIENT, ask
 from support_parquet import (
     jpeg,
     plan_and_read,
@@ -189,7 +190,8 @@ def test_unknown_hub_dataset_is_not_found(hub, tmp_path):
 def test_unreachable_hub_is_said_and_not_that_the_dataset_does_not_exist(tmp_path, is_offline):
     with serve(tmp_path) as gone:
         pass
-    error = hub_plan(gone, "org/texts", tmp_path, **({"HF_HUB_OFFLINE": "1"} if is_offline else {}))
+    env = {"HF_HUB_OFFLINE": "1"} if is_offline else {}
+    error = ask(gone, "org/texts", tmp_path, before=IMPATIENT, env=env).error
     assert error["type"] == "SourceError"
     assert "cannot be reached" in error["message"]
     assert ("HF_HUB_OFFLINE" in error["message"]) == is_offline

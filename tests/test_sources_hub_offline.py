@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub import Hub, serve
-from support_hub import ask, ask_offline, fill_cache, json_rows, write_json
+from support_hub import IMPATIENT, ask, ask_offline, fill_cache, json_rows, write_json
 from support_parquet import run, write_card, write_texts
-
-#: Not to wait between the client's retries.
-IMPATIENT = "import time; time.sleep = lambda seconds: None"
 
 
 @pytest.fixture
@@ -119,3 +117,21 @@ def test_hub_that_cannot_be_reached_is_replaced_by_its_cache_with_a_warning(tmp_
     assert [row["text"] for row in found.rows] == ["a", "b"]
     assert "cannot be reached" in found.told("warnings")
     assert hub.commit("org/texts") in found.told("warnings")
+
+
+def test_dataset_that_the_hub_no_longer_gives_is_what_datasets_prepared_with_a_warning(hub, tmp_path):
+    folder = write_texts(hub.root / "org" / "texts", ["a", "b"])
+    commit = hub.commit("org/texts")
+    run("import datasets; datasets.load_dataset('org/texts')", [], tmp_path, HF_ENDPOINT=hub.endpoint)
+    shutil.rmtree(folder)
+    found = ask(hub, "org/texts", tmp_path)
+    assert [row["text"] for row in found.rows] == ["a", "b"]
+    assert (found.mode, found.plan["revision"]) == ("loaded", commit)
+    assert "did not give it" in found.told("warnings")
+
+
+def test_format_of_datasets_with_local_files_needs_no_hub(hub, tmp_path):
+    write_json(tmp_path / "rows.jsonl", 0, 10)
+    found = ask_offline(hub, "json", tmp_path, load={"data_files": str(tmp_path / "rows.jsonl")})
+    assert found.rows == json_rows(0, 10)
+    assert found.plan["revision"] is None

@@ -33,6 +33,11 @@ _LOOK_S = 0.5
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
+def can_download(paths: Sequence[str]) -> bool:
+    """Whether the Hub's cache can hold these files: those of repositories, not of buckets."""
+    return all(parts_of(path) is not None for path in paths if is_remote(path))
+
+
 def download(request: SourceRequest, paths: Sequence[str]) -> list[str]:
     """Where the files ``hf://datasets/{id}@{commit}/…`` lie on this machine, once all of them do; others stay.
 

@@ -35,6 +35,7 @@ from shmloader.sources.hub_cache import (
     repo_of,
 )
 from shmloader.sources.resolve import (
+    commit_of,
     is_answered,
     is_offline,
     is_script,
@@ -87,7 +88,7 @@ def find_origin(request: SourceRequest) -> Origin:
         return _cached(request, repo, "the Hub cannot be reached", error)
     if _is_prepared_only(builder):  # `datasets` takes these whenever the Hub does not give it the dataset
         return _cached(request, repo, "the Hub did not give it (not reached, or not there, or no access)")
-    return Origin(builder, revision=builder.hash)  # its hash is the commit
+    return Origin(builder, revision=commit_of(builder))
 
 
 def _cached(request: SourceRequest, repo: str, why: str, error: SourceError | None = None) -> Origin:
@@ -102,6 +103,8 @@ def _cached(request: SourceRequest, repo: str, why: str, error: SourceError | No
             builder = resolve_builder(request)  # finds what it prepared, without a request in offline mode
         except SourceError as not_prepared:
             error = not_prepared
+    if builder is not None and not _is_prepared_only(builder):  # one of its formats, with local files
+        return Origin(builder)
     commit = cached_commit(repo, revision)
     prepared = None if builder is None else Path(builder.cache_dir).name
     if builder is not None and prepared == commit:

@@ -9,7 +9,7 @@ from typing import Any
 from shmloader.errors import SourceError
 from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.sources.conversion import converted_data
-from shmloader.sources.download import download
+from shmloader.sources.download import can_download, download
 from shmloader.sources.hub_cache import repo_of
 from shmloader.sources.loaded import is_saved, plan_loaded, prepared
 from shmloader.sources.origin import find_origin
@@ -55,12 +55,14 @@ def _plan_files(request: SourceRequest, builder: Any) -> SourcePlan:
     ready = prepared(request, builder)
     if ready is not None:
         return plan_loaded(request, ready)
-    if can_plan(builder):
-        if request.is_downloaded:
-            download(request, [str(path) for path in builder.config.data_files[request.split]])
+    if can_plan(builder) and not request.is_downloaded:
         return plan_parquet(request, builder)
     if request.is_downloaded:
-        return _prepared(request, builder)
+        paths = [str(path) for path in (builder.config.data_files or {}).get(request.split, ())]
+        if not can_plan(builder) or not can_download(paths):
+            return _prepared(request, builder)
+        download(request, paths)
+        return plan_parquet(request, builder)
     if is_remote and not request.is_iterable and not told_rows(builder, request.split):
         return _plan_uncounted(request, builder)
     return plan_stream(request, builder)

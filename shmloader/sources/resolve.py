@@ -102,6 +102,12 @@ def split_names(builder: Any) -> tuple[str, ...]:
     return tuple(str(name) for name in builder.info.splits or ())
 
 
+def commit_of(builder: Any | None) -> str | None:
+    """The commit that a Hub builder's files are of."""
+    base = str(getattr(builder, "base_path", "") or "")
+    return base.split("@", 1)[1].split("/")[0] if base.startswith("hf://datasets/") and "@" in base else None
+
+
 def check_split(request: SourceRequest, available: Sequence[str]) -> None:
     """Raise `SplitNotFoundError` if the requested split is not among ``available``."""
     if available and request.split not in available:
@@ -166,7 +172,9 @@ def is_unreachable(error: BaseException) -> bool:
 
 def is_offline() -> bool:
     """Whether offline mode is on: no request may be made."""
-    return bool(quiet_datasets().config.HF_HUB_OFFLINE)
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE or quiet_datasets().config.HF_HUB_OFFLINE)  # or HF_DATASETS_OFFLINE
 
 
 def is_answered(error: SourceError) -> bool:

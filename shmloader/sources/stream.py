@@ -14,6 +14,7 @@ from shmloader.sources.columns import choose_columns
 from shmloader.sources.images import embed_images
 from shmloader.sources.resolve import (
     check_split,
+    commit_of,
     empty_dataset,
     has_secret,
     quiet_datasets,
@@ -59,7 +60,7 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
             chunks=(),
             columns=columns,
             arrow_schema=schema.serialize().to_pybytes(),
-            revision=_commit(builder),
+            revision=commit_of(builder),
             notices=notices,
             row_bytes=row_bytes,
         )
@@ -87,7 +88,7 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
         chunks=chunks,
         columns=columns,
         arrow_schema=schema.serialize().to_pybytes(),
-        revision=_commit(builder),
+        revision=commit_of(builder),
         notices=notices,
         units=(0,) * len(chunks),
         chunk_bytes=tuple(chunk.num_rows * row_bytes + more for chunk in chunks),
@@ -260,9 +261,3 @@ def _repeats_forever(stream: Any) -> bool:
             return True
         iterable = getattr(iterable, "ex_iterable", None)
     return False
-
-
-def _commit(builder: Any | None) -> str | None:
-    """The commit that a Hub builder's files are of."""
-    base = str(getattr(builder, "base_path", "") or "")
-    return base.split("@", 1)[1].split("/")[0] if base.startswith("hf://datasets/") and "@" in base else None

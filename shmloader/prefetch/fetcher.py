@@ -26,7 +26,7 @@ IDLE_MS = 1000
 #: But not more often than this, when looking is dear (guessed: little beside fetching a chunk).
 PACE_S = 0.01
 #: Sources of which a chunk is dear to read again: a Hub, and what is only read front to back.
-DEAR = ("streaming", "sequential")
+DEAR = ("streaming", "sequential", "remote files")
 #: And so long while what is held is waited for, and nothing else can be (guessed: about a task).
 FULL_MS = 10
 

@@ -6,12 +6,14 @@ import bisect
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 import shmloader._native as native
 from shmloader.order import Chunks
-from shmloader.prefetch.plan_file import Layout, read_parts, write_parts
+from shmloader.prefetch.plan_file import Layout, map_listing, read_parts, write_parts
 from shmloader.sample import Schema
 from shmloader.sources.base import SourcePlan
+from shmloader.sources.listing import path_of
 from shmloader.sources.rows import BATCH_ROWS
 
 #: Positions of an open set's orders are below this, which also stands for an end that nobody knows.
@@ -45,8 +47,10 @@ class SetPlan:
         return row & LAST_POSITION if self.source.is_open else row
 
     def shard(self, row: int) -> str | None:
-        """The shard that ``row`` lies in; None: there are none."""
+        """The shard that ``row`` lies in, or its file; None: there are none."""
         source = self.source
+        if source.listing is not None:
+            return path_of(source.listing, row)
         if not source.shards or source.is_open:
             return source.shards[0] if source.shards else None
         at = bisect.bisect_right(source.chunks, row, key=lambda chunk: chunk.first_row) - 1
@@ -71,7 +75,8 @@ def write_plan(fd: int, plan: SetPlan) -> None:
         window_bytes=plan.window_bytes,
         rows_per_chunk=BATCH_ROWS if source.is_open else 0,
     )
-    write_parts(fd, layout, source.to_json(), None if schema is None else schema.to_json())
+    listing = None if source.listing is None else memoryview(source.listing)
+    write_parts(fd, layout, source.to_json(), None if schema is None else schema.to_json(), listing)
 
 
 def read_plan(fd: int) -> SetPlan | None:
@@ -79,7 +84,7 @@ def read_plan(fd: int) -> SetPlan | None:
     parts = read_parts(fd)
     if parts is None:
         return None
-    layout, source, schema = parts
-    return SetPlan(
-        SourcePlan.from_json(source), None if schema is None else Schema.from_json(schema), layout.window_bytes
-    )
+    layout, text, schema = parts
+    listing = map_listing(fd)
+    source = SourcePlan.from_json(text, None if listing is None else pa.py_buffer(listing))
+    return SetPlan(source, None if schema is None else Schema.from_json(schema), layout.window_bytes)

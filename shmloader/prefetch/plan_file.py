@@ -1,4 +1,12 @@
-"""The plan memfd: written once by the planner, read by everybody. JSON in three parts, without secrets.
+"""The plan memfd: written once by the planner, read by everybody. JSON in three parts, without secrets, and a listing.
+
+========  =========================================================================================
+bytes     what
+========  =========================================================================================
+0         the head: bytes of the JSON, offset and bytes of the listing (0: there is none); written last
+24        JSON: ``layout``, ``source``, ``schema``; or ``error``
+a page's  the listing of loose files (sources/listing.py), which readers map in place
+========  =========================================================================================
 
 ``layout`` is all that the supervisor needs; it reads nothing else, and so imports neither numpy nor pyarrow.
 """
@@ -6,11 +14,15 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import struct
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from shmloader.errors import from_wire
+
+_HEAD = struct.Struct("<QQQ")
 
 
 @dataclass(frozen=True)
@@ -34,14 +46,14 @@ class Layout:
     rows_per_chunk: int = 0
 
 
-def write_parts(fd: int, layout: Layout, source: str, schema: str | None) -> None:
-    """Store a plan in the (empty) plan memfd."""
-    _write(fd, {"layout": asdict(layout), "source": source, "schema": schema})
+def write_parts(fd: int, layout: Layout, source: str, schema: str | None, listing: memoryview | None = None) -> None:
+    """Store a plan in the plan memfd; what was there before is written over."""
+    _write(fd, {"layout": asdict(layout), "source": source, "schema": schema}, listing)
 
 
 def write_failure(fd: int, wire: dict[str, Any]) -> None:
     """Store why there is no plan (see `errors.to_wire`)."""
-    _write(fd, {"error": wire})
+    _write(fd, {"error": wire}, None)
 
 
 def read_parts(fd: int) -> tuple[Layout, str, str | None] | None:
@@ -51,20 +63,46 @@ def read_parts(fd: int) -> tuple[Layout, str, str | None] | None:
     Raises:
         ShmloaderError: what the planner stored with `write_failure`.
     """
-    data = os.pread(fd, os.fstat(fd).st_size, 0)
-    if not data:
+    head = _read_head(fd)
+    if head is None:
         return None
-    try:
-        raw = json.loads(data)
-    except ValueError:
-        return None  # its writer was killed over it
+    raw = json.loads(os.pread(fd, head[0], _HEAD.size))
     if "error" in raw:
         raise from_wire(raw["error"])
     return Layout(**raw["layout"]), raw["source"], raw["schema"]
 
 
-def _write(fd: int, raw: dict[str, Any]) -> None:
-    data = memoryview(json.dumps(raw).encode())
+def map_listing(fd: int) -> mmap.mmap | None:
+    """The listing that `write_parts` stored, in place; lives as long as something refers to it. None: there is none."""
+    head = _read_head(fd)
+    if head is None or not head[1]:
+        return None
+    return mmap.mmap(fd, head[2], mmap.MAP_SHARED, mmap.PROT_READ, offset=head[1])
+
+
+def _read_head(fd: int) -> tuple[int, int, int] | None:
+    """Bytes of the JSON, offset and bytes of the listing; None: its writer has not ended, or was killed over it."""
+    data = os.pread(fd, _HEAD.size, 0)
+    if len(data) < _HEAD.size or not any(data):
+        return None
+    json_bytes, offset, listing_bytes = _HEAD.unpack(data)
+    return json_bytes, offset, listing_bytes
+
+
+def _write(fd: int, raw: dict[str, Any], listing: memoryview | None) -> None:
+    _write_at(fd, bytes(_HEAD.size), 0)
+    data = json.dumps(raw).encode()
+    _write_at(fd, data, _HEAD.size)
+    offset = listing_bytes = 0
+    if listing is not None:
+        listing_bytes = listing.nbytes
+        offset = -(-(_HEAD.size + len(data)) // mmap.PAGESIZE) * mmap.PAGESIZE
+        _write_at(fd, listing, offset)
+    _write_at(fd, _HEAD.pack(len(data), offset, listing_bytes), 0)
+
+
+def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    view = memoryview(data).cast("B")
     at = 0
-    while at < len(data):
-        at += os.pwrite(fd, data[at:], at)
+    while at < len(view):
+        at += os.pwrite(fd, view[at:], offset + at)

@@ -5,7 +5,6 @@
     SourceRequest ──make_plan──▶ SourcePlan ──open_reader──▶ Reader.read(chunk) ──▶ Arrow batches
                    (planner)                 (prefetchers)
 
-==========  ======================================  ===============================
 mode        rows come from                          chunks
 ==========  ======================================  ===============================
 local       Parquet files on this machine           row groups, any order
@@ -14,6 +13,19 @@ streaming   Parquet files on the Hub                row groups, any order
 loaded      a ``datasets.Dataset``, prepared Arrow  64 rows, any order
 sequential  a stream, or files of another format    64 rows, front to back
 ==========  ======================================  ===============================
+=======
+============  ======================================  =================================
+mode          rows come from                          chunks
+============  ======================================  =================================
+local         Parquet files on this machine           row groups, any order
+downloaded    the same, fetched from the Hub first    row groups, any order
+streaming     Parquet files on the Hub                row groups, any order
+files         loose files on this machine             64 files and 64 MiB, any order
+remote files  loose files on the Hub                  the same
+arrow         Arrow files on this machine             64 rows, any order
+loaded        a ``datasets.Dataset``, prepared Arrow  64 rows, any order
+sequential    a stream, or files of another format    64 rows, front to back
+============  ======================================  =================================
 
 A stream whose length nobody tells is counted, or for an iterable request taken as it is: the plan is *open* then, and
 names no chunks.
@@ -59,14 +71,22 @@ def open_reader(
 ) -> Reader | OpenReader:
     """A reader of the plan's chunks; of an open plan an `OpenReader`. Prefetcher only.
 
-    Imports ``datasets`` only for what is not Parquet.
+    Imports ``datasets`` only for what is loaded or sequential.
 
     touch: called whenever something was read, also of what nobody asked for and is only passed over.
     """
+    if plan.listing is not None:
+        from shmloader.sources.listing import ListingReader
+
+        return ListingReader(request, plan, touch)
     if plan.mode in ("local", "downloaded", "streaming"):
         from shmloader.sources.parquet import ParquetReader
 
         return ParquetReader(request, plan, touch)
+    if plan.mode == "arrow":
+        from shmloader.sources.arrow import ArrowReader
+
+        return ArrowReader(request, plan, touch)
     if plan.mode == "loaded":
         from shmloader.sources.loaded import LoadedReader
 

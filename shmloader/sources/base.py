@@ -80,17 +80,19 @@ class SourcePlan:
     num_rows: None: nobody knows, perhaps there is no end. The plan is *open* then: it names no chunks, they are cut
     while they are read, each iteration's anew.
     name: as the user sees it in messages and in every sample's ``source``. mode: "streaming" (row groups
-    over the network), "local", "downloaded" (local files that were fetched first), "loaded" (a ``datasets.Dataset``)
-    or "sequential" (one stream, read front to back; chunks can only be had in order). num_bytes: of the source's files,
-    where known. arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
+    over the network), "local", "downloaded" (local files that were fetched first), "loaded" (a ``datasets.Dataset``),
+    "arrow" (Arrow files on this machine), "files" (loose files), "remote files" (the same on a Hub) or "sequential"
+    (one stream, read front to back; chunks can only be had in order). num_bytes: of the source's files, where known.
+    arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
     root: the local folder that stands for a Hub dataset: its snapshot in the Hub's cache, where it is read offline.
     shard_bytes: size of each shard's file, where known. notices: one line each, for the user to see.
-    warnings: the same, of what changes which rows there are, or where they are from.
+    warnings: the same, of what changes what is trained on, or where it is from.
     units: for each chunk the index of its unit's first chunk. The chunks of a unit lie one behind the other in
     something that can only be read front to back (a large row group, a stream): one reader, in order.
     chunk_bytes: encoded bytes of each chunk, as an Arrow IPC stream: an estimate; where nothing is known, the guess of
     `GUESSED_ROW_BYTES` a row.
     row_bytes: of an open plan, the same for one row.
+    listing: of loose files, the rows without the files' bytes (listing.py). Not in the JSON: it travels beside it.
     """
 
     name: str
@@ -110,6 +112,7 @@ class SourcePlan:
     units: tuple[int, ...] = ()
     chunk_bytes: tuple[int, ...] = ()
     row_bytes: int = GUESSED_ROW_BYTES
+    listing: pa.Buffer | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         assert len(self.units) == len(self.chunk_bytes) == len(self.chunks)
@@ -130,21 +133,22 @@ class SourcePlan:
         return pa.ipc.read_schema(pa.py_buffer(self.arrow_schema))
 
     def to_json(self) -> str:
-        """A text from which `from_json` makes an equal plan."""
-        raw = asdict(self)
+        """A text from which `from_json` makes an equal plan, given the same ``listing``."""
+        raw = asdict(replace(self, listing=None))
+        del raw["listing"]
         raw["arrow_schema"] = base64.b64encode(self.arrow_schema).decode()
         raw["chunks"] = [(c.first_row, c.num_rows, c.shard, c.piece) for c in self.chunks]
         return json.dumps(raw)
 
     @classmethod
-    def from_json(cls, text: str) -> SourcePlan:
+    def from_json(cls, text: str, listing: pa.Buffer | None = None) -> SourcePlan:
         """The plan that `to_json` wrote."""
         raw: dict[str, Any] = json.loads(text)
         columns: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.pop("columns").items()}
         chunks = tuple(Chunk(first, num, shard, tuple(piece)) for first, num, shard, piece in raw.pop("chunks"))
         schema = base64.b64decode(raw.pop("arrow_schema"))
         rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        return cls(columns=Columns(**columns), chunks=chunks, arrow_schema=schema, **rest)
+        return cls(columns=Columns(**columns), chunks=chunks, arrow_schema=schema, listing=listing, **rest)
 
     def first(self, num_rows: int | None) -> SourcePlan:
         """The plan of the first ``num_rows`` rows alone; of all if there are no more, or if None."""

@@ -58,7 +58,7 @@ def why_failed(error: BaseException) -> str:
 
 
 def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}"
+    return " ".join([f"{type(error).__name__}: {str(error).strip()}", *getattr(error, "__notes__", ())])
 
 
 def _place_of(error: BaseException) -> tuple[str, int] | None:

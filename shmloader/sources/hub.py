@@ -80,6 +80,15 @@ class HubFiles:
             self._whole.popitem(last=False)
         return pa.BufferReader(buffer)
 
+    def read_whole(self, path: str) -> bytes:
+        """All bytes of the file, with one request, and without asking for its size before."""
+        parts = []
+        with self._fs.open(path, "rb", block_size=0) as file:
+            while part := file.read(WHOLE_FILE_BYTES):
+                parts.append(part)
+                self._touch()
+        return b"".join(parts)
+
 
 class _Touching:
     """An open file that tells of each read."""

@@ -45,11 +45,9 @@ def plan_loaded(request: SourceRequest, prepared_split: Any | None = None) -> So
         dataset = _choose(request)
     if len(dataset) == 0:
         raise empty_dataset(request)
-    columns, needed, notices = choose_columns(
-        dataset.features, request.columns, dataset=name, all_columns=request.all_columns
-    )
-    if dataset.format["type"] is not None:
-        notices += (f"{name}: its format ({dataset.format['type']!r}) is ignored; use process= or transform= instead",)
+    features = _visible(dataset)
+    columns, needed, notices = choose_columns(features, request.columns, dataset=name, all_columns=request.all_columns)
+    more_notices, warnings = _about_format(name, dataset)
     starts = range(0, len(dataset), BATCH_ROWS)
     chunks = tuple(Chunk(first, min(BATCH_ROWS, len(dataset) - first), 0) for first in starts)
     row_bytes = _row_bytes(dataset, needed)
@@ -64,7 +62,8 @@ def plan_loaded(request: SourceRequest, prepared_split: Any | None = None) -> So
         chunks=chunks,
         columns=columns,
         arrow_schema=schema.serialize().to_pybytes(),
-        notices=notices,
+        notices=notices + more_notices,
+        warnings=warnings,
         units=tuple(range(len(chunks))),
         chunk_bytes=tuple(chunk.num_rows * row_bytes + more for chunk in chunks),
     )
@@ -100,6 +99,28 @@ class LoadedReader:
     def close(self) -> None:
         """Let go of the dataset."""
         self._dataset = None
+
+
+def _visible(dataset: Any) -> Any:
+    """The features of the columns that the dataset's format shows: all, or those of ``with_format(columns=…)``."""
+    told = dataset.format
+    if told["output_all_columns"]:
+        return dataset.features
+    return type(dataset.features)({name: dataset.features[name] for name in told["columns"]})
+
+
+def _about_format(name: str, dataset: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Notices and warnings of what the dataset's format would do to its rows, and is not done."""
+    kind, hidden = dataset.format["type"], set(dataset.features) - set(_visible(dataset))
+    notices: tuple[str, ...] = ()
+    if hidden:
+        notices = (f"{name}: its format leaves out the columns {', '.join(map(repr, sorted(hidden)))}",)
+    if kind == "custom":
+        told = f"{name}: the function of its with_transform (or set_transform) is not applied"
+        return notices, (f"{told}; give it as process= (once a sample) or transform= (each time it is read)",)
+    if kind is not None:
+        notices += (f"{name}: its format ({kind!r}) is ignored; use process= or transform= instead",)
+    return notices, ()
 
 
 def _row_bytes(dataset: Any, columns: Sequence[str]) -> int:

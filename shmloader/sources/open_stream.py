@@ -12,7 +12,8 @@ from shmloader.sources.base import Chunk, OnRow, SourcePlan, SourceRequest
 from shmloader.sources.blame import why_failed
 from shmloader.sources.resolve import has_secret, without_secrets
 from shmloader.sources.rows import one_batch
-from shmloader.sources.stream import as_arrow, open_planned, plain_rows
+from shmloader.sources.stream import open_planned, plain_rows
+from shmloader.sources.stream_rows import StreamTables
 
 #: Which iteration of the stream a chunk is of.
 Key = tuple[int, int]
@@ -137,10 +138,7 @@ class OpenStreamReader:
         """All rows, one by one; it is opened with the first."""
         if self._stream is None:
             self._stream, self._features = open_planned(self._request, self._plan)
-        stream = as_arrow(self._stream, self._features, self._schema.names)
-        if hasattr(stream, "set_epoch"):
-            stream.set_epoch(epoch)  # another order, if it is shuffled
-        yield from stream.iter(1)
+        yield from StreamTables(self._stream, self._features, self._schema.names, 1, epoch)
 
     def _read_error(self, chunk: Chunk, row: int, why: str) -> ReadError:
         """Of ``chunk``'s rows from ``row`` on, or of all of them if that lies before."""

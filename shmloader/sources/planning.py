@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from shmloader.errors import SourceError
+from shmloader.sources.arrow_plan import is_arrow, plan_arrow
 from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.sources.conversion import converted_data
 from shmloader.sources.download import can_download, download
 from shmloader.sources.hub_cache import repo_of
+from shmloader.sources.listing_plan import is_folder, plan_listing
 from shmloader.sources.loaded import is_saved, plan_loaded, prepared
 from shmloader.sources.origin import find_origin
 from shmloader.sources.parquet_plan import can_plan, is_on_hub, plan_parquet
@@ -55,17 +57,32 @@ def _plan_files(request: SourceRequest, builder: Any) -> SourcePlan:
     ready = prepared(request, builder)
     if ready is not None:
         return plan_loaded(request, ready)
-    if can_plan(builder) and not request.is_downloaded:
-        return plan_parquet(request, builder)
     if request.is_downloaded:
-        paths = [str(path) for path in (builder.config.data_files or {}).get(request.split, ())]
-        if not can_plan(builder) or not can_download(paths):
-            return _prepared(request, builder)
-        download(request, paths)
-        return plan_parquet(request, builder)
+        return _plan_downloaded(request, builder)
+    plan = _plan_any_order(request, builder)
+    if plan is not None:
+        return plan
     if is_remote and not request.is_iterable and not told_rows(builder, request.split):
         return _plan_uncounted(request, builder)
     return plan_stream(request, builder)
+
+
+def _plan_any_order(request: SourceRequest, builder: Any) -> SourcePlan | None:
+    """The plan of files that have random access as they lie; None: they have not."""
+    if can_plan(builder):
+        return plan_parquet(request, builder)
+    if is_folder(builder):
+        return plan_listing(request, builder)
+    return plan_arrow(request, builder) if is_arrow(builder) else None
+
+
+def _plan_downloaded(request: SourceRequest, builder: Any) -> SourcePlan:
+    """The plan of files that are on this machine once it is made."""
+    paths = [str(path) for path in (builder.config.data_files or {}).get(request.split, ())]
+    if (can_plan(builder) or is_folder(builder)) and can_download(paths):
+        download(request, paths)  # the cache has them then, and is where they are looked for first
+    plan = _plan_any_order(request, builder) if can_download(paths) else None
+    return _prepared(request, builder) if plan is None else plan
 
 
 def told_rows(builder: Any, split: str) -> int | None:

@@ -27,6 +27,8 @@ def prepare(request: SourceRequest, builder: Any) -> tuple[Any, str]:
     Raises:
         SourceError: a file cannot be fetched or read, or the disk is full.
     """
+    from shmloader.sources.undecoded import encode_undecoded
+
     name, folder = source_name(request), Path(builder.cache_dir)
     download(request, [str(path) for files in (builder.config.data_files or {}).values() for path in files])
     log.info("%s: preparing it in %s", name, folder)
@@ -35,7 +37,7 @@ def prepare(request: SourceRequest, builder: Any) -> tuple[Any, str]:
         disk_needed(request, folder, None, "HF_DATASETS_CACHE (or cache_dir in load=)"),
         Progress(f"{name}: prepared", None, lambda: _written_bytes(folder)),
     ):
-        builder.download_and_prepare()
+        encode_undecoded(builder).download_and_prepare()
     split = prepared(request, builder)
     assert split is not None
     size = size_text(_written_bytes(folder))

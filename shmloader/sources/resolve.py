@@ -24,6 +24,7 @@ from shmloader.errors import (
 )
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.blame import chain, failure, missing_package
+from shmloader.sources.local_files import walked_once
 
 #: Connection failures by the name of their class: the clients' HTTP library changes (requests, httpx, httpx2).
 _UNREACHABLE = {
@@ -90,7 +91,7 @@ def resolve_builder(request: SourceRequest, revision: str | None = None, root: s
         name, load = builder, options | load | {"data_files": [str(path.resolve())]}
     elif path.is_dir():
         name = str(path)
-    with translated(request, "find"):
+    with translated(request, "find"), walked_once():
         return datasets.load_dataset_builder(name, **load)
 
 
@@ -163,7 +164,7 @@ def has_secret(request: SourceRequest, text: str) -> bool:
 def is_unreachable(error: BaseException) -> bool:
     """Whether ``error`` comes of a server that was not reached or cannot work now, or of offline mode."""
     return any(
-        type(e).__name__ in _UNREACHABLE
+        (type(e).__name__ in _UNREACHABLE and type(e).__module__ != "tarfile")
         or isinstance(e, (ConnectionError, TimeoutError))
         or getattr(getattr(e, "response", None), "status_code", 0) in _DOWN
         for e in chain(error)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -24,9 +25,10 @@ from shmloader.sources.resolve import (
     without_secrets,
 )
 from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema, stream_bytes
+from shmloader.sources.stream_features import check_formats, features_of
+from shmloader.sources.stream_rows import StreamTables, count_rows
+from shmloader.sources.webdataset import archives_of, count_samples, is_webdataset
 
-#: Examples from which the features of a stream that does not know them are inferred.
-_INFER_ROWS = 64
 #: What ``datasets`` calls the example iterables that read files or a generator, without any transformation.
 _UNTRANSFORMED = {"ArrowExamplesIterable", "ExamplesIterable"}
 
@@ -43,9 +45,11 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
         SourceError: it cannot be opened, or never ends.
     """
     name = source_name(request)
+    tars, warnings = archives_of(request, builder) if builder is not None and is_webdataset(builder) else ([], ())
     with translated(request, "open"):
         stream = _open_stream(request, builder)
-        features = stream.features or _inferred_features(request, stream)
+        check_formats(request, stream)
+        features = features_of(request, stream)
     columns, needed, notices = choose_columns(features, request.columns, dataset=name, all_columns=request.all_columns)
     schema = plain_schema(features.arrow_schema, needed)
     num_rows = _told_rows(request, stream, builder)
@@ -62,6 +66,7 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
             arrow_schema=schema.serialize().to_pybytes(),
             revision=commit_of(builder),
             notices=notices,
+            warnings=warnings,
             row_bytes=row_bytes,
         )
     if num_rows is None:
@@ -71,10 +76,13 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
                 "end it with take(n), or iterate over it with ShmMultimodalIterableDataset, which needs no length.",
                 dataset=name,
             )
-        num_rows = _count(request, stream, features, columns.labels or columns.text or needed[0])
-        notices += (
-            f"{name}: {num_rows} rows, counted by reading the stream once, since {_why_counted(stream, builder)}",
-        )
+        if tars:
+            num_rows, how = count_samples(request, tars), "by the headers of its archives"
+            row_bytes = -(-sum(Path(path).stat().st_size for path in tars) // max(num_rows, 1))
+        else:
+            num_rows = _count(request, stream, features, columns.labels if columns.labels in needed else needed[0])
+            how = f"by reading the stream once, since {_why_counted(stream, builder)}"
+        notices += (f"{name}: {num_rows} rows, counted {how}",)
     if num_rows == 0:
         raise empty_dataset(request)
     starts = range(0, num_rows, BATCH_ROWS)
@@ -90,6 +98,7 @@ def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
         arrow_schema=schema.serialize().to_pybytes(),
         revision=commit_of(builder),
         notices=notices,
+        warnings=warnings,
         units=(0,) * len(chunks),
         chunk_bytes=tuple(chunk.num_rows * row_bytes + more for chunk in chunks),
     )
@@ -103,7 +112,7 @@ class StreamReader:
         self._schema = plan.schema
         self._stream: Any = None
         self._features: Any = None
-        self._batches: Iterator[pa.Table] | None = None
+        self._batches: StreamTables | None = None
         self._next_row = 0
         self._failed: tuple[int, str] | None = None  # the first row of the chunk that could not be read, and why
 
@@ -116,7 +125,7 @@ class StreamReader:
         except (ShmloaderError, MemoryError):
             raise
         except Exception as error:
-            why = why_failed(error)
+            why = why_failed(error) if self._batches is None else self._batches.told(error)
             failure = self._read_error(chunk, why)
             self._failed = (chunk.first_row, why)
             self._batches = None
@@ -149,10 +158,10 @@ class StreamReader:
             raise self._count_error(chunk, self._next_row)
         return plain_rows(table, self._schema, self._features, self._request)
 
-    def _open(self) -> Iterator[pa.Table]:
+    def _open(self) -> StreamTables:
         if self._stream is None:
             self._stream, self._features = open_planned(self._request, self._plan)
-        return iter(as_arrow(self._stream, self._features, self._schema.names).iter(BATCH_ROWS))
+        return StreamTables(self._stream, self._features, self._schema.names, BATCH_ROWS)
 
     def _count_error(self, chunk: Chunk, have: int | None) -> ReadError:
         found = "more" if have is None else f"{have}"
@@ -181,7 +190,7 @@ def open_planned(request: SourceRequest, plan: SourcePlan) -> tuple[Any, Any]:
         builder = resolve_builder(request, plan.revision, plan.root)
     with translated(request, "open"):
         stream = _open_stream(request, builder)
-        return stream, stream.features or _inferred_features(request, stream)
+        return stream, features_of(request, stream)
 
 
 def plain_rows(table: pa.Table, schema: pa.Schema, features: Any, request: SourceRequest) -> pa.RecordBatch:
@@ -193,29 +202,30 @@ def _open_stream(request: SourceRequest, builder: Any | None) -> Any:
     """The ``IterableDataset`` of the requested split; a bare one is taken as it is."""
     quiet_datasets()
     if builder is not None:
-        return builder.as_streaming_dataset(split=request.split)
+        return in_order(builder.as_streaming_dataset(split=request.split))
     if isinstance(request.dataset, Mapping):
         check_split(request, [str(split) for split in request.dataset])
         return request.dataset[request.split]
     return request.dataset
 
 
-def as_arrow(stream: Any, features: Any, columns: Sequence[str]) -> Any:
-    """The stream as Arrow tables of ``columns``: nothing decoded, what Python functions made encoded."""
-    if stream.features is None:
-        stream = stream.cast(features)
-    # `decode` undoes the decoding step that `datasets` adds to media of a Hub only if it is the last step.
-    return stream.decode(False).select_columns(list(columns)).with_format("arrow")
+def reading_step(stream: Any) -> Any:
+    """The step of a stream that reads: the first one."""
+    step = stream._ex_iterable
+    while hasattr(step, "ex_iterable"):
+        step = step.ex_iterable
+    return step
 
 
-def _inferred_features(request: SourceRequest, stream: Any) -> Any:
-    """The features of a stream that does not know its own, from its first rows."""
-    from datasets import Dataset
+def in_order(stream: Any) -> Any:
+    """A builder's stream, which gives its rows in the same sequence in each process.
 
-    rows = list(stream.with_format(None).take(_INFER_ROWS))
-    if not rows:
-        raise empty_dataset(request)
-    return Dataset.from_list(rows).features
+    ``datasets`` keeps the metadata files of a folder in a set, whose sequence differs from process to process.
+    """
+    kwargs = getattr(reading_step(stream), "kwargs", {})
+    if isinstance(kwargs.get("metadata_files"), set):
+        kwargs["metadata_files"] = tuple(sorted(kwargs["metadata_files"], key=str))
+    return stream
 
 
 def _told_rows(request: SourceRequest, stream: Any, builder: Any | None) -> int | None:
@@ -250,7 +260,7 @@ def _why_counted(stream: Any, builder: Any | None) -> str:
 
 def _count(request: SourceRequest, stream: Any, features: Any, column: str) -> int:
     with translated(request, "count the rows of"):
-        return sum(table.num_rows for table in as_arrow(stream, features, [column]).iter(1024))
+        return count_rows(stream, features, column)
 
 
 def _repeats_forever(stream: Any) -> bool:

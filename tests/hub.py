@@ -54,9 +54,7 @@ class Hub:
 
     def commit(self, repo: str, branch: str = "main") -> str:
         """The commit of a repository: it changes with the names and sizes of its files."""
-        return self._commit_of(repo, branch, self.copy(repo) if branch == COPY else self.root / repo)
-
-    def _commit_of(self, repo: str, branch: str, folder: Path) -> str:
+        folder = self.copy(repo) if branch == COPY else self.root / repo
         digest = hashlib.sha1(f"{repo} {branch}".encode())
         for path in files_of(folder):
             digest.update(f"{path.relative_to(self.root)} {path.stat().st_size}\n".encode())
@@ -64,9 +62,10 @@ class Hub:
 
     def base(self, repo: str, revision: str) -> Path | None:
         """The folder with the files of a revision: a branch, or its commit; None: there is no such revision."""
-        for branch, folder in (("main", self.root / repo), (COPY, self.copy(repo))):
-            if folder.is_dir() and revision in (branch, self._commit_of(repo, branch, folder)):
-                return folder
+        if (self.root / repo).is_dir() and revision in ("main", self.commit(repo)):
+            return self.root / repo
+        if self.copy(repo).is_dir() and revision in (COPY, self.commit(repo, COPY)):
+            return self.copy(repo)
         return None
 
 
@@ -166,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         return entry
 
     def _commit(self, repo: str, base: Path) -> str:
-        return self.hub.commit(repo, COPY if base == self.hub.copy(repo) else "main")
+        return self.hub.commit(repo, COPY) if base == self.hub.copy(repo) else self.hub.commit(repo)
 
     def _file(self, repo: str, revision: str, name: str) -> int:
         if not (self.hub.root / repo).is_dir():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from hub import Hub, serve
 from support_hub import ask, ask_offline, json_rows, write_json
-from support_parquet import write_texts
+from support_parquet import jpeg, write_texts
 
 from shmloader.errors import SourceError
 from shmloader.sources import make_plan, open_reader
@@ -61,6 +61,21 @@ def test_lines_of_json_are_fetched_and_prepared_once(hub, tmp_path):
     assert ask(hub, "org/lines", tmp_path, is_downloaded=True).rows == first.rows
     assert hub.num_bytes_of(".jsonl") == 0
     assert ask_offline(hub, "org/lines", tmp_path).mode == "loaded"
+
+
+def test_folder_of_images_is_fetched_once_then_read_locally_and_offline(hub, tmp_path):
+    for i in range(6):
+        path = hub.root / "org" / "loose" / "train" / ("cat" if i % 2 else "dog") / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(i))
+    first = ask(hub, "org/loose", tmp_path, is_downloaded=True)
+    assert (first.mode, first.plan["revision"]) == ("files", hub.commit("org/loose"))
+    assert {row["image"]["bytes"]: row["label"] for row in first.rows} == {jpeg(i): (i + 1) % 2 for i in range(6)}
+    assert len([1 for _, path, sent in hub.requests if sent and path.endswith(".jpg")]) == 6
+    hub.reset()
+    assert ask(hub, "org/loose", tmp_path, is_downloaded=True).rows == first.rows
+    assert hub.num_bytes == 0
+    assert ask_offline(hub, "org/loose", tmp_path).rows == first.rows
 
 
 def test_local_csv_is_prepared_and_has_random_access(tmp_path, monkeypatch):

@@ -163,17 +163,15 @@ def test_dataset_prepared_before_is_read_offline(hub, tmp_path):
     assert hub.requests == []
 
 
-def test_hub_folder_of_images_that_no_card_counts_is_prepared_with_their_bytes(hub, tmp_path):
+def test_hub_folder_of_images_has_random_access_and_their_bytes(hub, tmp_path):
     for i in range(4):
         path = hub.root / "org" / "loose" / "train" / ("cat" if i % 2 else "dog") / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(jpeg(i))
     plan = hub_plan(hub, "org/loose", tmp_path)
-    assert (plan["mode"], plan["num_rows"], plan["revision"]) == ("loaded", 4, hub.commit("org/loose"))
-    loose = READ.replace("assert not heavy, heavy", "")
-    out = tmp_path / "rows.arrow"
-    run(loose, ["org/loose", "{}", tmp_path / "plan.json", out], tmp_path, HF_ENDPOINT=hub.endpoint)
-    found = {row["image"]["bytes"]: row["label"] for row in read_file(out).to_pylist()}
+    assert (plan["mode"], plan["num_rows"], plan["revision"]) == ("remote files", 4, hub.commit("org/loose"))
+    assert hub.num_bytes_of(".jpg") == 0
+    found = {row["image"]["bytes"]: row["label"] for row in ask(hub, "org/loose", tmp_path).rows}
     assert found == {jpeg(i): 0 if i % 2 else 1 for i in range(4)}
 
 

@@ -17,7 +17,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test native-test lint lint-python lint-c format wheel bench clean
+.PHONY: help venv demo test native-test lint lint-python lint-c format formats wheel bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -70,6 +70,9 @@ lint-c: venv
 format: venv ## reformat Python (ruff) and C (clang-format)
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i $(C_FILES) $(C_HEADERS) $(wildcard native_tests/*.[ch])
+
+formats: venv ## the table in docs/formats.md: what is read of each format, and how
+	@$(BIN)/python tests/formats_matrix.py
 
 wheel: venv ## the wheel, into dist/
 	@rm -rf build dist

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -90,6 +91,8 @@ class SharedDataset:
         self._closer.atexit = False  # the process's end is noticed without us
         for notice in self._reader.plan.source.notices:
             log.info("%s", notice)
+        for warning in self._reader.plan.source.warnings:
+            warnings.warn(warning, stacklevel=3)  # of whoever calls the constructor
 
     # -- around it -------------------------------------------------------------------------------------
 
@@ -144,7 +147,7 @@ class SharedDataset:
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """For each source: name, split, mode, rows, revision, and what was noticed about it."""
+        """For each source: name, split, mode, rows, revision, and what was noticed or warned of about it."""
         source = self._reader.plan.source
         return [
             {
@@ -154,6 +157,7 @@ class SharedDataset:
                 "rows": source.num_rows,
                 "revision": source.revision,
                 "notices": list(source.notices),
+                "warnings": list(source.warnings),
             }
         ]
 

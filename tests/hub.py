@@ -1,7 +1,8 @@
 """A small Hugging Face Hub on the loopback, for tests: the endpoints that the unmodified clients call.
 
-Serves ``root/<org>/<name>/…`` as dataset repositories with one commit. Counts requests and the bytes of
-files that it sent. Plain HTTP, no authentication unless a ``token`` is given.
+Serves ``root/<org>/<name>/…`` as dataset repositories with one commit, and ``root/.parquet/<org>/<name>/…`` as the
+branch with their Parquet copy. Counts requests and the bytes of files that it sent. Plain HTTP, no authentication
+unless a ``token`` is given.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
+
+#: The branch with the Parquet copy.
+COPY = "refs/convert/parquet"
 
 
 @dataclass
@@ -43,16 +48,30 @@ class Hub:
         with self.lock:
             self.requests.clear()
 
-    def commit(self, repo: str) -> str:
+    def copy(self, repo: str) -> Path:
+        """The folder of the Parquet copy of a repository; a test makes it, if there is to be one."""
+        return self.root / ".parquet" / repo
+
+    def commit(self, repo: str, branch: str = "main") -> str:
         """The commit of a repository: it changes with the names and sizes of its files."""
-        digest = hashlib.sha1(repo.encode())
-        for path in self.files(repo):
+        folder = self.copy(repo) if branch == COPY else self.root / repo
+        digest = hashlib.sha1(f"{repo} {branch}".encode())
+        for path in files_of(folder):
             digest.update(f"{path.relative_to(self.root)} {path.stat().st_size}\n".encode())
         return digest.hexdigest()
 
-    def files(self, repo: str) -> list[Path]:
-        """The files of a repository."""
-        return sorted(path for path in (self.root / repo).rglob("*") if path.is_file())
+    def base(self, repo: str, revision: str) -> Path | None:
+        """The folder with the files of a revision: a branch, or its commit; None: there is no such revision."""
+        if (self.root / repo).is_dir() and revision in ("main", self.commit(repo)):
+            return self.root / repo
+        if self.copy(repo).is_dir() and revision in (COPY, self.commit(repo, COPY)):
+            return self.copy(repo)
+        return None
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files below ``folder``."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 @contextmanager
@@ -93,7 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         form = parse_qs(self.rfile.read(length).decode()) if length else {}
         path = unquote(urlsplit(self.path).path)
-        parts = [part for part in path.split("/") if part]
+        parts = [unquote(part) for part in urlsplit(self.path).path.split("/") if part]
         sent = 0
         try:
             if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
@@ -112,12 +131,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _api(self, repo: str, rest: list[str], form: dict[str, list[str]]) -> None:
         if not (self.hub.root / repo).is_dir():
             return self._error(404, "RepoNotFound", "Repository not found")
-        if len(rest) >= 2 and not self._has_revision(repo, rest[1]):
-            return self._error(404, "RevisionNotFound", f"Invalid rev id: {rest[1]}")
-        base = self.hub.root / repo
+        revision = rest[1] if len(rest) >= 2 else "main"
+        base = self.hub.base(repo, revision)
+        if base is None:
+            return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         if not rest or rest[0] == "revision":
-            siblings = [{"rfilename": path.relative_to(base).as_posix()} for path in self.hub.files(repo)]
-            info = {"id": repo, "sha": self.hub.commit(repo), "private": False, "gated": False, "tags": []}
+            siblings = [{"rfilename": path.relative_to(base).as_posix()} for path in files_of(base)]
+            info = {"id": repo, "sha": self._commit(repo, base), "private": False, "gated": False, "tags": []}
             return self._json(info | {"siblings": siblings, "disabled": False, "downloads": 0, "likes": 0})
         if rest[0] == "tree":
             folder = base / "/".join(rest[2:])
@@ -128,25 +148,32 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json([self._entry(base, path) for path in sorted(found)])
         if rest[0] == "paths-info":
             paths = [base / name for name in form.get("paths", [])]
-            return self._json([self._entry(base, path) for path in paths if path.exists()])
+            expand = form.get("expand", [""])[0].lower() == "true"
+            return self._json([self._entry(base, path, expand) for path in paths if path.exists()])
         return self._error(404, "EntryNotFound", "Unknown endpoint")
 
-    def _entry(self, base: Path, path: Path) -> dict[str, object]:
+    def _entry(self, base: Path, path: Path, expand: bool = False) -> dict[str, object]:
         name = path.relative_to(base).as_posix()
         oid = hashlib.sha1(name.encode()).hexdigest()
         if path.is_dir():
             return {"type": "directory", "oid": oid, "size": 0, "path": name}
-        return {"type": "file", "oid": oid, "size": path.stat().st_size, "path": name}
+        status = path.stat()
+        entry: dict[str, object] = {"type": "file", "oid": oid, "size": status.st_size, "path": name}
+        if expand:
+            date = datetime.fromtimestamp(status.st_mtime, UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z")
+            entry["lastCommit"] = {"id": oid, "title": "a commit", "date": date}
+        return entry
 
-    def _has_revision(self, repo: str, revision: str) -> bool:
-        return revision in ("main", self.hub.commit(repo))
+    def _commit(self, repo: str, base: Path) -> str:
+        return self.hub.commit(repo, COPY) if base == self.hub.copy(repo) else self.hub.commit(repo)
 
     def _file(self, repo: str, revision: str, name: str) -> int:
-        path = self.hub.root / repo / name
         if not (self.hub.root / repo).is_dir():
             return self._error(404, "RepoNotFound", "Repository not found")
-        if not self._has_revision(repo, revision):
+        base = self.hub.base(repo, revision)
+        if base is None:
             return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        path = base / name
         if not path.is_file():
             return self._error(404, "EntryNotFound", "Entry not found")
         size = path.stat().st_size
@@ -158,8 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
             stop = min(int(last) + 1, size) if first and last else size
             status = 206
         self.send_response(status)
-        self.send_header("X-Repo-Commit", self.hub.commit(repo))
-        self.send_header("ETag", f'"{hashlib.sha1(f"{name} {size}".encode()).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self._commit(repo, base))
+        self.send_header("ETag", f'"{hashlib.sha1(f"{path} {size}".encode()).hexdigest()}"')
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(stop - start))
         if status == 206:

@@ -10,7 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from hub import Hub, serve
+from support_hub import IMPATIENT, ask
 from support_parquet import (
+    jpeg,
     plan_and_read,
     read_all,
     read_file,
@@ -161,6 +163,18 @@ def test_dataset_prepared_before_is_read_offline(hub, tmp_path):
     assert hub.requests == []
 
 
+def test_hub_folder_of_images_has_random_access_and_their_bytes(hub, tmp_path):
+    for i in range(4):
+        path = hub.root / "org" / "loose" / "train" / ("cat" if i % 2 else "dog") / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(i))
+    plan = hub_plan(hub, "org/loose", tmp_path)
+    assert (plan["mode"], plan["num_rows"], plan["revision"]) == ("remote files", 4, hub.commit("org/loose"))
+    assert hub.num_bytes_of(".jpg") == 0
+    found = {row["image"]["bytes"]: row["label"] for row in ask(hub, "org/loose", tmp_path).rows}
+    assert found == {jpeg(i): 0 if i % 2 else 1 for i in range(4)}
+
+
 def test_unknown_hub_dataset_is_not_found(hub, tmp_path):
     hub.root.mkdir()
     error = hub_plan(hub, "org/nothing", tmp_path)
@@ -174,7 +188,8 @@ def test_unknown_hub_dataset_is_not_found(hub, tmp_path):
 def test_unreachable_hub_is_said_and_not_that_the_dataset_does_not_exist(tmp_path, is_offline):
     with serve(tmp_path) as gone:
         pass
-    error = hub_plan(gone, "org/texts", tmp_path, **({"HF_HUB_OFFLINE": "1"} if is_offline else {}))
+    env = {"HF_HUB_OFFLINE": "1"} if is_offline else {}
+    error = ask(gone, "org/texts", tmp_path, before=IMPATIENT, env=env).error
     assert error["type"] == "SourceError"
     assert "cannot be reached" in error["message"]
     assert ("HF_HUB_OFFLINE" in error["message"]) == is_offline

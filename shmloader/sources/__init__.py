@@ -5,10 +5,20 @@
     SourceRequest ──make_plan──▶ SourcePlan ──open_reader──▶ Reader.read(chunk) ──▶ Arrow batches
                    (planner)                 (prefetchers)
 
+mode        rows come from                          chunks
+==========  ======================================  ===============================
+local       Parquet files on this machine           row groups, any order
+downloaded  the same, fetched from the Hub first    row groups, any order
+streaming   Parquet files on the Hub                row groups, any order
+loaded      a ``datasets.Dataset``, prepared Arrow  64 rows, any order
+sequential  a stream, or files of another format    64 rows, front to back
+==========  ======================================  ===============================
+=======
 ============  ======================================  =================================
 mode          rows come from                          chunks
 ============  ======================================  =================================
 local         Parquet files on this machine           row groups, any order
+downloaded    the same, fetched from the Hub first    row groups, any order
 streaming     Parquet files on the Hub                row groups, any order
 files         loose files on this machine             64 files and 64 MiB, any order
 remote files  loose files on the Hub                  the same
@@ -69,7 +79,7 @@ def open_reader(
         from shmloader.sources.listing import ListingReader
 
         return ListingReader(request, plan, touch)
-    if plan.mode in ("local", "streaming"):
+    if plan.mode in ("local", "downloaded", "streaming"):
         from shmloader.sources.parquet import ParquetReader
 
         return ParquetReader(request, plan, touch)

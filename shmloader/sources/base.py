@@ -81,12 +81,13 @@ class SourcePlan:
     num_rows: None: nobody knows, perhaps there is no end. The plan is *open* then: it names no chunks, they are cut
     while they are read, each iteration's anew.
     name: as the user sees it in messages and in every sample's ``source``. mode: "streaming" (row groups
-    over the network), "local", "loaded" (a ``datasets.Dataset``), "arrow" (Arrow files on this machine), "files"
-    (loose files), "remote files" (the same on a Hub) or "sequential" (one stream, read front to
-    back; chunks can only be had in order). num_bytes: of the source's files, where known.
+    over the network), "local", "downloaded" (local files that were fetched first), "loaded" (a ``datasets.Dataset``),
+    "arrow" (Arrow files on this machine), "files" (loose files), "remote files" (the same on a Hub) or "sequential"
+    (one stream, read front to back; chunks can only be had in order). num_bytes: of the source's files, where known.
     arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
+    root: the local folder that stands for a Hub dataset: its snapshot in the Hub's cache, where it is read offline.
     shard_bytes: size of each shard's file, where known. notices: one line each, for the user to see.
-    warnings: the same, of what changes what is trained on.
+    warnings: the same, of what changes what is trained on, or where it is from.
     units: for each chunk the index of its unit's first chunk. The chunks of a unit lie one behind the other in
     something that can only be read front to back (a large row group, a stream): one reader, in order.
     chunk_bytes: encoded bytes of each chunk, as an Arrow IPC stream: an estimate; where nothing is known, the guess of
@@ -106,11 +107,12 @@ class SourcePlan:
     revision: str | None = None
     num_bytes: int | None = None
     notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    root: str | None = None
     shard_bytes: tuple[int, ...] = ()
     units: tuple[int, ...] = ()
     chunk_bytes: tuple[int, ...] = ()
     row_bytes: int = GUESSED_ROW_BYTES
-    warnings: tuple[str, ...] = ()
     listing: pa.Buffer | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

@@ -26,15 +26,22 @@ def is_remote(path: str) -> bool:
     return path.startswith(SCHEME)
 
 
+def parts_of(path: str) -> tuple[str, str, str] | None:
+    """Repository, commit and name of a file ``hf://datasets/{id}@{commit}/…``; None: it is something else."""
+    prefix = f"{SCHEME}datasets/"
+    repo, _, rest = path.removeprefix(prefix).partition("@")
+    commit, _, name = rest.partition("/")
+    return (repo, commit, name) if path.startswith(prefix) and name and "::" not in path else None
+
+
 def cached_copy(path: str) -> str | None:
     """Where the Hub's local cache has this very version of the file ``hf://datasets/{id}@{commit}/…``, if it has it."""
     from huggingface_hub import try_to_load_from_cache
 
-    prefix = f"{SCHEME}datasets/"
-    repo, _, rest = path.removeprefix(prefix).partition("@")
-    commit, _, name = rest.partition("/")
-    if not path.startswith(prefix) or not name:
+    parts = parts_of(path)
+    if parts is None:
         return None
+    repo, commit, name = parts
     found = try_to_load_from_cache(repo, name, revision=commit, repo_type="dataset")
     return found if isinstance(found, str) and Path(found).is_file() else None
 

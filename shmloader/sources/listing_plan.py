@@ -14,9 +14,9 @@ from shmloader.sources.columns import choose_columns
 from shmloader.sources.hub import SCHEME, cached_copy, is_remote
 from shmloader.sources.listing import write_listing
 from shmloader.sources.media_files import paths_of, with_paths
-from shmloader.sources.resolve import empty_dataset, source_name, translated
+from shmloader.sources.resolve import commit_of, empty_dataset, source_name, translated
 from shmloader.sources.rows import BATCH_ROWS, KEPT_TABLE_BYTES, conform, plain_schema, stream_bytes
-from shmloader.sources.stream import commit_of, in_order, reading_step
+from shmloader.sources.stream import in_order, reading_step
 
 #: Rows of the listing that are made at once (guessed: large against what a batch costs, small against a listing).
 _LISTED_ROWS = 16_384

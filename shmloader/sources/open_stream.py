@@ -9,10 +9,11 @@ import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError
 from shmloader.sources.base import Chunk, OnRow, SourcePlan, SourceRequest
+from shmloader.sources.blame import why_failed
 from shmloader.sources.resolve import has_secret, without_secrets
 from shmloader.sources.rows import one_batch
 from shmloader.sources.stream import open_planned, plain_rows
-from shmloader.sources.stream_rows import StreamTables, why_failed
+from shmloader.sources.stream_rows import StreamTables
 
 #: Which iteration of the stream a chunk is of.
 Key = tuple[int, int]

@@ -74,12 +74,11 @@ def plan_parquet(request: SourceRequest, builder: Any) -> SourcePlan:
     columns, needed, notices = choose_columns(features, request.columns, dataset=name, all_columns=request.all_columns)
     schema = plain_schema(features.arrow_schema, needed)
     _check_columns(name, footers, needed)
-    is_streaming = any(is_remote(footer.path) for footer in footers)
     chunks, units, chunk_bytes = _cut(footers, schema)
     return SourcePlan(
         name=name,
         split=request.split,
-        mode="streaming" if is_streaming else "local",
+        mode=_mode(request, builder, footers),
         num_rows=num_rows,
         shards=tuple(footer.path for footer in footers),
         chunks=chunks,
@@ -92,6 +91,12 @@ def plan_parquet(request: SourceRequest, builder: Any) -> SourcePlan:
         units=units,
         chunk_bytes=chunk_bytes,
     )
+
+
+def _mode(request: SourceRequest, builder: Any, footers: Sequence[_Footer]) -> str:
+    if any(is_remote(footer.path) for footer in footers):
+        return "streaming"
+    return "downloaded" if request.is_downloaded and is_on_hub(builder) else "local"
 
 
 def _read_footers(request: SourceRequest, paths: Sequence[str]) -> list[_Footer]:

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shmloader.errors import DatasetNotFoundError, EmptyDatasetError, ShmloaderError, SourceError, SplitNotFoundError
+from shmloader.errors import (
+    DatasetNotFoundError,
+    EmptyDatasetError,
+    ReadError,
+    ShmloaderError,
+    SourceError,
+    SplitNotFoundError,
+)
 from shmloader.sources.base import SourceRequest
+from shmloader.sources.blame import chain, failure, missing_package
 from shmloader.sources.local_files import walked_once
 
 #: Connection failures by the name of their class: the clients' HTTP library changes (requests, httpx, httpx2).
@@ -30,6 +39,8 @@ _UNREACHABLE = {
     "RemoteProtocolError",
     "TimeoutException",
 }
+#: HTTP: the server is there, and cannot work now.
+_DOWN = (500, 502, 503, 504)
 _COMPRESSION = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
 #: Reading is tried again this often by a stream of ``datasets`` (its default, 20 times, hides a dead Hub for
 #: nine minutes; guessed).
@@ -57,10 +68,10 @@ def source_name(request: SourceRequest) -> str:
     return getattr(info, "dataset_name", None) or type(dataset).__name__
 
 
-def resolve_builder(request: SourceRequest, revision: str | None = None) -> Any:
+def resolve_builder(request: SourceRequest, revision: str | None = None, root: str | None = None) -> Any:
     """The ``datasets`` builder of a dataset given by name; a local file gets the builder of its format.
 
-    revision: the commit to pin, where the plan has one.
+    revision: the commit to pin, where the plan has one. root: the local folder that stands for a Hub dataset, likewise.
 
     Raises:
         DatasetNotFoundError: there is no such dataset, folder or file.
@@ -71,6 +82,9 @@ def resolve_builder(request: SourceRequest, revision: str | None = None) -> Any:
     name, load = source_name(request), dict(request.load)
     if revision is not None:
         load["revision"] = revision
+    if root is not None:
+        name = root
+        load.pop("revision", None)
     path = Path(name).expanduser()
     if path.is_file():
         builder, options = _builder_of_file(path)
@@ -87,6 +101,12 @@ def split_names(builder: Any) -> tuple[str, ...]:
     if files:
         return tuple(str(name) for name in files)
     return tuple(str(name) for name in builder.info.splits or ())
+
+
+def commit_of(builder: Any | None) -> str | None:
+    """The commit that a Hub builder's files are of."""
+    base = str(getattr(builder, "base_path", "") or "")
+    return base.split("@", 1)[1].split("/")[0] if base.startswith("hf://datasets/") and "@" in base else None
 
 
 def check_split(request: SourceRequest, available: Sequence[str]) -> None:
@@ -142,18 +162,38 @@ def has_secret(request: SourceRequest, text: str) -> bool:
 
 
 def is_unreachable(error: BaseException) -> bool:
-    """Whether ``error`` comes of a server that was not reached, or of offline mode."""
+    """Whether ``error`` comes of a server that was not reached or cannot work now, or of offline mode."""
     return any(
         (type(e).__name__ in _UNREACHABLE and type(e).__module__ != "tarfile")
         or isinstance(e, (ConnectionError, TimeoutError))
-        for e in _chain(error)
+        or getattr(getattr(e, "response", None), "status_code", 0) in _DOWN
+        for e in chain(error)
     )
+
+
+def is_offline() -> bool:
+    """Whether offline mode is on: no request may be made."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE or quiet_datasets().config.HF_HUB_OFFLINE)  # or HF_DATASETS_OFFLINE
+
+
+def is_answered(error: SourceError) -> bool:
+    """Whether what `translated` raised is what the Hub said, or comes of what is on this machine."""
+    return "endpoint" not in error.data
+
+
+def is_script(error: SourceError) -> bool:
+    """Whether what `translated` raised says that the dataset is a loading script on the Hub."""
+    return "script" in error.data
 
 
 def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceError:
     name = source_name(request)
-    detail = without_secrets(request, f"{type(error).__name__}: {error}")
-    kinds = {type(e).__name__ for e in _chain(error)}
+    file, why = failure(error)
+    detail = without_secrets(request, why)
+    file = None if file is None else without_secrets(request, file)
+    kinds = {type(e).__name__ for e in chain(error)}
     if is_unreachable(error):
         from huggingface_hub import constants
 
@@ -173,14 +213,44 @@ def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceErr
             dataset=name,
             split=request.split,
         )
+    if isinstance(error, StopIteration):  # of a builder that looked at the first rows
+        return EmptyDatasetError(
+            f"{name}, split {request.split!r}, has no rows: its files are empty. Check them, or data_files= in load=.",
+            dataset=name,
+            split=request.split,
+        )
     if "DataFilesNotFoundError" in kinds or (isinstance(error, FileNotFoundError) and request.load.get("data_files")):
         return EmptyDatasetError(
             f"{name}: no such data files, or none of a known format ({detail}). Check data_files= in load=.",
             dataset=name,
             split=request.split,
         )
+    script = re.fullmatch(r"Dataset scripts are no longer supported, but found (.+)", str(error))
+    if script:
+        return SourceError(
+            f"{name} is a loading script ({script[1]}), which datasets does not run any more. Give its data files, or "
+            "write what it yields once as Parquet with an older datasets.",
+            dataset=name,
+            script=script[1],
+        )
     if isinstance(error, FileNotFoundError) or kinds & {"DatasetNotFoundError", "HFValidationError"}:
         return _not_found(request, name, detail)
+    package = missing_package(error)
+    if package is not None:
+        return SourceError(
+            f"Cannot {verb} {name!r}: the package {package!r} is needed for it: pip install {package}. ({detail})",
+            dataset=name,
+            package=package,
+        )
+    if file is not None:
+        return ReadError(
+            f"{name}: cannot read {file}: {detail}. Mend the file, leave it out with data_files= in load=, or say "
+            "there how datasets is to read its format.",
+            dataset=name,
+            shard=file,
+            first_row=None,
+            num_rows=None,
+        )
     is_config = isinstance(error, ValueError) and "config" in str(error).lower()
     remedy = '. Name the configuration with load={"name": …}.' if is_config else ""
     return SourceError(f"Cannot {verb} {name!r}: {detail}{remedy}", dataset=name)
@@ -206,8 +276,14 @@ def _not_found(request: SourceRequest, name: str, detail: str) -> DatasetNotFoun
 
 
 def _builder_of_file(path: Path) -> tuple[str, dict[str, Any]]:
+    from datasets.data_files import DataFilesList
+    from datasets.load import infer_module_for_data_files_list
     from datasets.packaged_modules import _EXTENSION_TO_MODULE
 
+    if path.suffix.lower() == ".zip":
+        module, options = infer_module_for_data_files_list(DataFilesList([str(path.resolve())], [()]))
+        if module is not None:
+            return str(module), dict(options)
     suffixes = [s for s in path.suffixes if s.lower() not in _COMPRESSION]
     for suffix in reversed(suffixes):
         found = _EXTENSION_TO_MODULE.get(suffix) or _EXTENSION_TO_MODULE.get(suffix.lower())
@@ -215,7 +291,7 @@ def _builder_of_file(path: Path) -> tuple[str, dict[str, Any]]:
             return found[0], dict(found[1])
     raise DatasetNotFoundError(
         f"{str(path)!r} is a file of no known format ({path.suffix or 'no suffix'}). "
-        "Use .parquet, .json, .jsonl, .csv, .txt or .arrow, or a folder of such files.",
+        "Use .parquet, .json, .jsonl, .csv, .txt or .arrow, a .zip of such files, or a folder of them.",
         dataset=str(path),
     )
 
@@ -226,14 +302,5 @@ def _secrets(request: SourceRequest) -> list[str]:
     return [value for value in values if isinstance(value, str) and len(value) >= 6]
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or (None if current.__suppress_context__ else current.__context__)
-
-
 def _chain_text(error: BaseException) -> str:
-    return "\n".join(str(e) for e in _chain(error))
+    return "\n".join(str(e) for e in chain(error))

@@ -10,10 +10,12 @@ import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError, SourceError
 from shmloader.sources.base import GUESSED_ROW_BYTES, Chunk, SourcePlan, SourceRequest
+from shmloader.sources.blame import why_failed
 from shmloader.sources.columns import cheapest, choose_columns
 from shmloader.sources.media import embed_media
 from shmloader.sources.resolve import (
     check_split,
+    commit_of,
     empty_dataset,
     has_secret,
     quiet_datasets,
@@ -24,7 +26,7 @@ from shmloader.sources.resolve import (
 )
 from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema, stream_bytes
 from shmloader.sources.stream_features import check_formats, features_of
-from shmloader.sources.stream_rows import StreamTables, count_rows, why_failed
+from shmloader.sources.stream_rows import StreamTables, count_rows
 from shmloader.sources.webdataset import archives_of, count_samples, is_webdataset
 
 #: What ``datasets`` calls the example iterables that read files or a generator, without any transformation.
@@ -185,7 +187,7 @@ def open_planned(request: SourceRequest, plan: SourcePlan) -> tuple[Any, Any]:
     """The ``IterableDataset`` of a plan, and its features. Prefetcher only."""
     builder = None
     if not hasattr(request.dataset, "features") and not isinstance(request.dataset, Mapping):
-        builder = resolve_builder(request, plan.revision)
+        builder = resolve_builder(request, plan.revision, plan.root)
     with translated(request, "open"):
         stream = _open_stream(request, builder)
         return stream, features_of(request, stream)
@@ -269,9 +271,3 @@ def _repeats_forever(stream: Any) -> bool:
             return True
         iterable = getattr(iterable, "ex_iterable", None)
     return False
-
-
-def commit_of(builder: Any | None) -> str | None:
-    """The commit that a Hub builder's files are of."""
-    base = str(getattr(builder, "base_path", "") or "")
-    return base.split("@", 1)[1].split("/")[0] if base.startswith("hf://datasets/") and "@" in base else None

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from shmloader.errors import SourceError
+from shmloader.sources.blame import why_failed
 from shmloader.sources.rows import conform, plain_schema
 from shmloader.sources.undecoded import undecoded, undecoded_stream
 
@@ -116,11 +117,6 @@ class StreamTables:
         except Exception as error:
             error.add_note(f"in column {field.name!r}")
             raise
-
-
-def why_failed(error: BaseException) -> str:
-    """What an exception says, and in which column it was."""
-    return " ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
 def count_rows(stream: Any, features: Any, column: str) -> int:

@@ -1,0 +1,173 @@
+"""Files of the Hub, fetched into its local cache, where every later start finds them.
+
+Planner only; imports ``huggingface_hub``, never ``datasets``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+from shmloader.errors import SourceError
+from shmloader.options import size_text
+from shmloader.sources.base import SourceRequest
+from shmloader.sources.blame import chain
+from shmloader.sources.hub import HubFiles, cached_copy, is_remote, parts_of
+from shmloader.sources.hub_cache import folder_of, remember_files, repo_of
+from shmloader.sources.resolve import source_name, translated
+
+log = logging.getLogger("shmloader.sources")
+
+#: Files fetched at once: enough for the network to be the limit, few enough for the Hub (guessed).
+DOWNLOADS_AT_ONCE = 4
+#: What is under way is told this often, or whenever another tenth is there.
+PROGRESS_S = 10.0
+_LOOK_S = 0.5
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def can_download(paths: Sequence[str]) -> bool:
+    """Whether the Hub's cache can hold these files: those of repositories, not of buckets."""
+    return all(parts_of(path) is not None for path in paths if is_remote(path))
+
+
+def download(request: SourceRequest, paths: Sequence[str]) -> list[str]:
+    """Where the files ``hf://datasets/{id}@{commit}/…`` lie on this machine, once all of them do; others stay.
+
+    What the cache has already is not asked for. Raises `SourceError`: they cannot be fetched, or the disk is full.
+    """
+    wanted = [path for path in dict.fromkeys(paths) if is_remote(path) and parts_of(path) is not None]
+    missing = [path for path in wanted if cached_copy(path) is None]
+    if missing:
+        with translated(request, "download"):
+            _fetch(request, missing)
+    return [cached_copy(path) or path for path in paths]
+
+
+@contextlib.contextmanager
+def disk_needed(request: SourceRequest, folder: Path, num_bytes: int | None, variable: str) -> Iterator[None]:
+    """Turn a disk that gets full inside into an error that says which, and how to take another one.
+
+    num_bytes: how much will be written, None: not known. variable: which names ``folder``'s place.
+    """
+    free = shutil.disk_usage(_existing(folder)).free
+    if num_bytes is not None and num_bytes > free:
+        raise _no_room(request, folder, num_bytes, free, variable)
+    try:
+        yield
+    except Exception as error:
+        if not any(is_full(e) for e in chain(error)):
+            raise
+        free = shutil.disk_usage(_existing(folder)).free
+        raise _no_room(request, folder, num_bytes, free, variable) from error
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether ``error`` says that a disk (or a quota) is full; libraries do not always pass the number on."""
+    return isinstance(error, OSError) and (error.errno in _NO_SPACE or "No space left on device" in str(error))
+
+
+class Progress:
+    """Tells at INFO how many bytes are there, while a block is at work. ``count`` may be called from any thread."""
+
+    def __init__(self, what: str, num_bytes: int | None, written: Any) -> None:
+        """``written``: a function that says how many bytes are there. num_bytes: how many it will be, if known."""
+        self._what, self._num_bytes, self._written = what, num_bytes, written
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._tell, daemon=True, name="shmloader-progress")
+
+    def __enter__(self) -> Progress:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _tell(self) -> None:
+        waited, told = 0.0, 0
+        while not self._ended.wait(_LOOK_S):
+            waited += _LOOK_S
+            now = self._written()
+            step = self._num_bytes / 10 if self._num_bytes else float("inf")
+            if waited >= PROGRESS_S or now - told >= step:
+                log.info("%s: %s", self._what, _of(now, self._num_bytes))
+                waited, told = 0.0, now
+
+
+def _fetch(request: SourceRequest, paths: Sequence[str]) -> None:
+    from huggingface_hub import constants, hf_hub_download
+
+    token, name = request.load.get("token"), source_name(request)
+    hub, places = HubFiles(token), {path: parts_of(path) for path in paths}
+    sizes = {path: hub.size(path) for path in paths}
+    num_bytes, cache = sum(sizes.values()), Path(constants.HF_HUB_CACHE)
+    repos = {place[0] for place in places.values() if place is not None}
+    have = sum(_blob_bytes(repo, "*") for repo in repos)  # of other commits: files may be the same there
+    done: list[int] = []
+
+    def fetch(path: str) -> None:
+        repo, commit, file = places[path] or ("", "", "")
+        hf_hub_download(repo, file, repo_type="dataset", revision=commit, token=token)
+        done.append(sizes[path])
+
+    def written() -> int:
+        return sum(done) + sum(_blob_bytes(repo, "*.incomplete") for repo in repos)
+
+    log.info("%s: downloading %d files, %s, to %s", name, len(paths), size_text(num_bytes), cache)
+    with (
+        disk_needed(request, cache, max(num_bytes - have, 0), "HF_HOME (or HF_HUB_CACHE)"),
+        Progress(f"{name}: downloaded", num_bytes, written),
+        ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool,
+    ):
+        own = [path for path in paths if (places[path] or ("",))[0] == repo_of(name)]
+        if own:  # for a start without the Hub
+            smallest = places[min(own, key=sizes.__getitem__)]
+            assert smallest is not None
+            remember_files(smallest[0], request.load.get("revision"), smallest[2], token)
+        running = [pool.submit(fetch, path) for path in paths]
+        _, pending = wait(running, return_when=FIRST_EXCEPTION)
+        for future in pending:
+            future.cancel()  # one has failed
+        for future in running:
+            if not future.cancelled():
+                future.result()
+    log.info("%s: downloaded %s", name, size_text(num_bytes))
+
+
+def _blob_bytes(repo: str, pattern: str) -> int:
+    """Bytes of the files that the cache has of ``repo``, whole or as far as they were fetched."""
+    total = 0
+    for path in (folder_of(repo) / "blobs").glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # it is whole now, and has another name
+            total += path.stat().st_size
+    return total
+
+
+def _existing(folder: Path) -> Path:
+    folder = folder.expanduser().absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _no_room(request: SourceRequest, folder: Path, needed: int | None, free: int, variable: str) -> SourceError:
+    name = source_name(request)
+    amount = "" if needed is None else f" {size_text(needed)} are needed,"
+    return SourceError(
+        f"{name}: the disk of {folder} is full:{amount} {size_text(free)} are free. Make room there, name a folder on "
+        f"another disk with {variable}, or leave out use_streaming=False, so that it is read from the Hub.",
+        dataset=name,
+        folder=str(folder),
+        needed_bytes=needed,
+        have_bytes=free,
+    )
+
+
+def _of(now: int, num_bytes: int | None) -> str:
+    return size_text(now) if num_bytes is None else f"{size_text(now)} of {size_text(num_bytes)}"

@@ -192,39 +192,12 @@ def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceErr
     name = source_name(request)
     file, why = failure(error)
     detail = without_secrets(request, why)
-    file = None if file is None else without_secrets(request, file)
     kinds = {type(e).__name__ for e in chain(error)}
     if is_unreachable(error):
-        from huggingface_hub import constants
-
-        offline = " Offline mode is on (HF_HUB_OFFLINE)." if constants.HF_HUB_OFFLINE else ""
-        local = (
-            "" if Path(name).exists() else f" There is no local folder or file {str(Path(name).absolute())!r} either."
-        )
-        return SourceError(
-            f"Cannot {verb} {name!r}: the Hub at {constants.ENDPOINT} cannot be reached, so it is not known whether "
-            f"the dataset exists.{offline}{local} Check the network and HF_ENDPOINT, or use a local copy. ({detail})",
-            dataset=name,
-            endpoint=constants.ENDPOINT,
-        )
-    if "EmptyDatasetError" in kinds:
-        return EmptyDatasetError(
-            f"{name} has no data files that can be read ({detail}). Check the folder, or data_files= in load=.",
-            dataset=name,
-            split=request.split,
-        )
-    if isinstance(error, StopIteration):  # of a builder that looked at the first rows
-        return EmptyDatasetError(
-            f"{name}, split {request.split!r}, has no rows: its files are empty. Check them, or data_files= in load=.",
-            dataset=name,
-            split=request.split,
-        )
-    if "DataFilesNotFoundError" in kinds or (isinstance(error, FileNotFoundError) and request.load.get("data_files")):
-        return EmptyDatasetError(
-            f"{name}: no such data files, or none of a known format ({detail}). Check data_files= in load=.",
-            dataset=name,
-            split=request.split,
-        )
+        return _unreachable(name, verb, detail)
+    empty = _why_empty(request, error, kinds, detail)
+    if empty is not None:
+        return EmptyDatasetError(f"{name}{empty}", dataset=name, split=request.split)
     script = re.fullmatch(r"Dataset scripts are no longer supported, but found (.+)", str(error))
     if script:
         return SourceError(
@@ -243,6 +216,7 @@ def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceErr
             package=package,
         )
     if file is not None:
+        file = without_secrets(request, file)
         return ReadError(
             f"{name}: cannot read {file}: {detail}. Mend the file, leave it out with data_files= in load=, or say "
             "there how datasets is to read its format.",
@@ -254,6 +228,30 @@ def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceErr
     is_config = isinstance(error, ValueError) and "config" in str(error).lower()
     remedy = '. Name the configuration with load={"name": …}.' if is_config else ""
     return SourceError(f"Cannot {verb} {name!r}: {detail}{remedy}", dataset=name)
+
+
+def _unreachable(name: str, verb: str, detail: str) -> SourceError:
+    from huggingface_hub import constants
+
+    offline = " Offline mode is on (HF_HUB_OFFLINE)." if constants.HF_HUB_OFFLINE else ""
+    local = "" if Path(name).exists() else f" There is no local folder or file {str(Path(name).absolute())!r} either."
+    return SourceError(
+        f"Cannot {verb} {name!r}: the Hub at {constants.ENDPOINT} cannot be reached, so it is not known whether "
+        f"the dataset exists.{offline}{local} Check the network and HF_ENDPOINT, or use a local copy. ({detail})",
+        dataset=name,
+        endpoint=constants.ENDPOINT,
+    )
+
+
+def _why_empty(request: SourceRequest, error: Exception, kinds: set[str], detail: str) -> str | None:
+    """What is told of a dataset without data; None: ``error`` is of something else."""
+    if "EmptyDatasetError" in kinds:
+        return f" has no data files that can be read ({detail}). Check the folder, or data_files= in load=."
+    if isinstance(error, StopIteration):  # of a builder that looked at the first rows
+        return f", split {request.split!r}, has no rows: its files are empty. Check them, or data_files= in load=."
+    if "DataFilesNotFoundError" in kinds or (isinstance(error, FileNotFoundError) and request.load.get("data_files")):
+        return f": no such data files, or none of a known format ({detail}). Check data_files= in load=."
+    return None
 
 
 def _not_found(request: SourceRequest, name: str, detail: str) -> DatasetNotFoundError:

@@ -38,6 +38,8 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             place of the built-in decoding: takes the row as a dict
             (images as ``{"bytes", "path"}``), returns a dict of arrays, tensors, numbers or strings; cached.
         columns: which columns to use, as {"text" | "image" | "labels": column}; None: recognise them.
+        cache_size: at most so many samples are kept in the ring; the others are decoded when they are needed, as where
+            the data does not fit it. None: as many as find room.
         load: passed on to ``datasets`` (name, revision, token, data_files, …).
         options: settings; None: those of the environment (``SHMLOADER_*``).
         writable: ``dataset[i]`` gives private copies in place of read-only views.

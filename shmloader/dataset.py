@@ -42,7 +42,8 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             which are joined by a line's end.
         use_streaming: a Hub's data is read from where it lies, and never all of it at once. False: it is downloaded
             first, into the caches of ``huggingface_hub`` and ``datasets``, and found there the next time.
-        cache_size: at most so many samples stay in the ring; None: as many as fit.
+        cache_size: at most so many samples are kept in the ring; the others are decoded when they are needed, as where
+            the data does not fit it. None: as many as find room.
         keys: the names of fields in samples, batches and what ``transform`` gets. "shmloader": as below. "hf": those of
             transformers' models (``input_ids``, ``attention_mask``, ``pixel_values``, ``input_values``, ``labels``)
             and nothing else. A dict: {name: new name, or None to drop it}, masks included; the others keep theirs.

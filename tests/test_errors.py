@@ -309,7 +309,9 @@ try:
     with ShmMultimodalDataset(dataset_name="org/data", load=load, process=process, options=options) as dataset:
         dataset[0]
         import os
-        for fd in dataset._reader.files.fds().values():
+        for name, fd in dataset._reader.files.fds().items():
+            if name == "log":  # a pipe: what comes out of it is shown
+                continue
             data = os.pread(fd, 1 << 20, 0)
             if fd != dataset._reader.files.payload_fd and sys.argv[1].encode() in data:
                 print("TOKEN in", os.readlink(f"/proc/self/fd/{fd}"))

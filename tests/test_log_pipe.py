@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 
 from shmloader import Options, ShmMultimodalDataset, log_pipe
 from shmloader.log_pipe import LogPipe
-from shmloader.prefetch.service_log import MOST_BYTES, PipeHandler, encode
+from shmloader.prefetch.service_log import MOST_BYTES, PipeHandler, encode, may_be_told
 
 OPTIONS = Options(ring_bytes="1MiB", prefetchers=1, timeout_s=30)
 
@@ -177,6 +177,20 @@ def test_the_loggers_of_others_are_below_the_services(pipe: LogPipe, service: An
     pipe.show()
     names = [record.name.removeprefix("shmloader.") for record in caplog.records]
     assert names == ["prefetcher", "prefetcher.urllib3.pool", "sources", "prefetcher.shmloaderx"]
+
+
+@pytest.mark.parametrize(
+    ("name", "level", "is_told"),
+    [
+        ("httpx2", logging.INFO, False),
+        ("urllib3.connectionpool", logging.DEBUG, False),
+        ("httpcore.http11", logging.WARNING, True),
+        ("users.own", logging.DEBUG, True),
+        ("shmloader.sources", logging.DEBUG, True),
+    ],
+)
+def test_what_libraries_say_of_signed_addresses_is_not_told(name: str, level: int, is_told: bool) -> None:
+    assert may_be_told(logging.LogRecord(name, level, "", 0, "m", (), None)) == is_told
 
 
 def test_a_handler_may_use_the_dataset(pipe: LogPipe, service: Any) -> None:

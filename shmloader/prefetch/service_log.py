@@ -12,8 +12,8 @@ from typing import Any
 
 #: No longer than what a pipe takes at once: pipe(7), PIPE_BUF.
 MOST_BYTES = select.PIPE_BUF
-#: Libraries that, below WARNING, log the addresses they ask for, in which a Hub's signatures are.
-_QUIET = ("urllib3", "requests", "httpx", "httpcore", "huggingface_hub", "datasets", "fsspec", "filelock", "aiohttp")
+#: Libraries that, below WARNING, log the addresses they ask for, in which a Hub's signatures are; without their number (urllib3, httpx2).
+_QUIET = ("urllib", "requests", "httpx", "httpcore", "huggingface_hub", "datasets", "fsspec", "filelock", "aiohttp")
 #: Of a record, what crosses as it is.
 _WHEN = ("levelno", "levelname", "created", "msecs", "process", "thread")
 _WHERE = ("threadName", "pathname", "filename", "module", "lineno", "funcName")
@@ -77,15 +77,20 @@ def _trace(record: logging.LogRecord) -> str | None:
     return "\n".join(parts) or None
 
 
+def may_be_told(record: logging.LogRecord) -> bool:
+    """Whether ``record`` is for others to see."""
+    return record.levelno >= logging.WARNING or record.name.split(".")[0].rstrip("0123456789") not in _QUIET
+
+
 def set_up(role: str, level: str, fd: int | None) -> None:
     """Have this service log from ``level`` on, into the pipe ``fd`` (None: to stderr); also what nobody catches."""
     stderr = logging.StreamHandler(sys.stderr)
     stderr.setFormatter(
         logging.Formatter(f"%(asctime)s shmloader {role} %(process)d %(levelname)s %(name)s: %(message)s")
     )
-    logging.basicConfig(level=level, handlers=[stderr if fd is None else PipeHandler(fd, role, stderr)])
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+    handler = stderr if fd is None else PipeHandler(fd, role, stderr)
+    handler.addFilter(may_be_told)
+    logging.basicConfig(level=level, handlers=[handler])
     log = logging.getLogger(f"shmloader.{role}")
     sys.excepthook = lambda kind, error, trace: log.critical(
         "%s: %s", kind.__name__, error, exc_info=(kind, error, trace)

@@ -34,13 +34,14 @@ def spawn(role: str, fds: dict[str, int]) -> subprocess.Popen[bytes]:
     # Where this process was started with its standard streams closed, files of the set may lie in their places.
     moved = {name: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for name, fd in fds.items() if fd < 3}
     fds = fds | moved
+    has_stderr = _is_inherited(2)
     try:
         return subprocess.Popen(
             [sys.executable, _BOOT, role, json.dumps(fds), str(os.getpid())],
             pass_fds=tuple(fds.values()),
             stdin=subprocess.DEVNULL,
-            stdout=2 if _is_open(2) else subprocess.DEVNULL,
-            stderr=None if _is_open(2) else subprocess.DEVNULL,
+            stdout=2 if has_stderr else subprocess.DEVNULL,
+            stderr=None if has_stderr else subprocess.DEVNULL,
             env={**os.environ, **_ENVIRONMENT},
             start_new_session=True,
         )
@@ -49,9 +50,9 @@ def spawn(role: str, fds: dict[str, int]) -> subprocess.Popen[bytes]:
             os.close(fd)
 
 
-def _is_open(fd: int) -> bool:
+def _is_inherited(fd: int) -> bool:
+    """Whether a child gets ``fd``: it is open, and not a file of ours in the place of a stream that was closed."""
     try:
-        os.fstat(fd)
+        return not fcntl.fcntl(fd, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
     except OSError:
         return False
-    return True

@@ -1,5 +1,14 @@
 """What the services of a set are told, in a sealed memfd: a JSON head, and what only Python can carry.
 
+=======  ==============================================================================
+bytes    what
+=======  ==============================================================================
+0        bytes of the head
+8        the head: JSON
+…        what is pickled, by its name, and where the buffers of each lie
+a page's the buffers: the memory of a dataset that is held in memory, which services map
+=======  ==============================================================================
+
 The head is read by every service with nothing but the standard library; the user's objects (request, tokenizer,
 ``process``) are cloudpickled, so that lambdas and things of ``__main__`` travel, and are loaded only by the
 services that use them. A token of the Hub is in the pickled part only.
@@ -9,7 +18,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import mmap
 import os
+import pickle
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +29,10 @@ from typing import Any
 from shmloader.errors import OptionError
 from shmloader.sources.base import SourceRequest
 
+#: Buffers of at least this many bytes lie beside what is pickled: once, however many services there are (guessed).
+_LARGE_BYTES = 1 << 20
+#: Of each of these buffers; what Arrow wants. Source: Arrow Columnar Format, "Buffer Alignment and Padding".
+_ALIGNMENT = 64
 #: What a user calls a part, where that is not its name.
 _ARGUMENTS = {"request": "dataset_name"}
 
@@ -40,10 +55,12 @@ def write(work: Work, head: dict[str, Any]) -> int:
     """
     import cloudpickle
 
-    parts = {}
+    parts, buffers = {}, _Buffers()
     for name in ("request", "config", "tokenizer", "process"):
+        first = len(buffers.places)
         try:
-            parts[name] = cloudpickle.dumps(getattr(work, name))
+            data = cloudpickle.dumps(getattr(work, name), protocol=5, buffer_callback=buffers.take)
+            parts[name] = data, buffers.places[first:]
         except Exception as error:
             argument = _ARGUMENTS.get(name, name)
             raise OptionError(
@@ -60,13 +77,41 @@ def write(work: Work, head: dict[str, Any]) -> int:
     fd = os.memfd_create("shmloader-payload", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         with os.fdopen(os.dup(fd), "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text + body)
+            file.write(len(text).to_bytes(8, "little") + text + len(body).to_bytes(8, "little") + body)
+            start = _buffers_start(8 + len(text) + 8 + len(body))
+            for (offset, _), buffer in zip(buffers.places, buffers.buffers, strict=True):
+                file.seek(start + offset)
+                file.write(buffer)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+class _Buffers:
+    """The large buffers of what is pickled. places: (offset from where they begin, bytes) of each."""
+
+    def __init__(self) -> None:
+        self.buffers: list[memoryview] = []
+        self.places: list[tuple[int, int]] = []
+        self._end = 0
+
+    def take(self, buffer: pickle.PickleBuffer) -> bool:
+        """As ``pickle`` calls it; True: it is to be pickled with the rest."""
+        with memoryview(buffer) as view:
+            if view.nbytes < _LARGE_BYTES or not (view.c_contiguous or view.f_contiguous):
+                return True
+        raw = buffer.raw()
+        self.buffers.append(raw)
+        self.places.append((self._end, raw.nbytes))
+        self._end += -(-raw.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return False
+
+
+def _buffers_start(end: int) -> int:
+    return -(-end // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _folder() -> str:
@@ -82,17 +127,19 @@ def read_work(fd: int) -> Work:
     Raises:
         OptionError: one of them cannot be made here; names it.
     """
-    import mmap
-    import pickle
-
     head = 8 + int.from_bytes(os.pread(fd, 8, 0), "little")
-    # Mapped, since one read gives 2 GiB at most; private, since a sealed file can be mapped so in any kernel.
-    with mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as payload, memoryview(payload) as view:
-        parts = pickle.loads(view[head:])
+    # Mapped, since one read gives 2 GiB at most, and large buffers are used in place, for as long as somebody needs
+    # them. Private: a sealed file can be mapped so in any kernel, and what writes to a buffer gets its own copy.
+    view = memoryview(mmap.mmap(fd, 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE))
+    begin = head + 8
+    end = begin + int.from_bytes(view[head:begin], "little")
+    parts = pickle.loads(view[begin:end])
+    start = _buffers_start(end)
     loaded = {}
-    for name, data in parts.items():
+    for name, (data, places) in parts.items():
         try:
-            loaded[name] = pickle.loads(data)
+            buffers = [view[start + offset : start + offset + size] for offset, size in places]
+            loaded[name] = pickle.loads(data, buffers=buffers)
         except (Exception, SystemExit) as error:
             argument = _ARGUMENTS.get(name, name)
             raise OptionError(

@@ -11,7 +11,7 @@ from typing import Any
 def walked_once() -> Iterator[None]:
     """Inside, a local folder is walked the first time only, so it must not change; for one thread.
 
-    200,000 files are found in 30 s instead of 130, measured, and each costs one path of memory instead of a dict.
+    200,000 files are found in 44 s instead of 130, measured.
     """
     import fsspec  # type: ignore[import-untyped]
 

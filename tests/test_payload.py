@@ -31,7 +31,10 @@ def test_a_dataset_in_memory_is_read_in_place_from_what_was_sent():
     found = work.request.dataset
     assert len(found) == 4000
     assert found[3999] == {"text": "x" * 1000, "n": 3999}
-    assert all(b is None or b.address % 64 == 0 for b in found.data.table.column("text").chunk(0).buffers())
+    buffers = found.data.table.column("text").chunk(0).buffers()
+    large = [buffer for buffer in buffers if buffer is not None and buffer.size >= 1 << 20]  # small ones are copied
+    assert large
+    assert all(buffer.address % 64 == 0 for buffer in large)
 
 
 def test_an_array_of_the_user_can_be_written_to_and_others_do_not_see_it():

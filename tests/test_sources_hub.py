@@ -12,7 +12,6 @@ import pytest
 from hub import Hub, serve
 from support_hub import IMPATIENT, ask
 from support_parquet import (
-    jpeg,
     plan_and_read,
     read_all,
     read_file,
@@ -161,18 +160,6 @@ def test_dataset_prepared_before_is_read_offline(hub, tmp_path):
     request = SourceRequest("org/texts", "train")
     assert read_all(request, SourcePlan.from_json(json.dumps(plan))).column("text").to_pylist() == ["a", "b"]
     assert hub.requests == []
-
-
-def test_hub_folder_of_images_has_random_access_and_their_bytes(hub, tmp_path):
-    for i in range(4):
-        path = hub.root / "org" / "loose" / "train" / ("cat" if i % 2 else "dog") / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(i))
-    plan = hub_plan(hub, "org/loose", tmp_path)
-    assert (plan["mode"], plan["num_rows"], plan["revision"]) == ("remote files", 4, hub.commit("org/loose"))
-    assert hub.num_bytes_of(".jpg") == 0
-    found = {row["image"]["bytes"]: row["label"] for row in ask(hub, "org/loose", tmp_path).rows}
-    assert found == {jpeg(i): 0 if i % 2 else 1 for i in range(4)}
 
 
 def test_unknown_hub_dataset_is_not_found(hub, tmp_path):

@@ -12,7 +12,8 @@ from typing import Any
 
 #: No longer than what a pipe takes at once: pipe(7), PIPE_BUF.
 MOST_BYTES = select.PIPE_BUF
-#: Libraries that, below WARNING, log the addresses they ask for, in which a Hub's signatures are; without their number (urllib3, httpx2).
+#: Libraries that, below WARNING, log the addresses they ask for, in which a Hub's signatures are; their names without a
+#: number at the end (urllib3, httpx2).
 _QUIET = ("urllib", "requests", "httpx", "httpcore", "huggingface_hub", "datasets", "fsspec", "filelock", "aiohttp")
 #: Of a record, what crosses as it is.
 _WHEN = ("levelno", "levelname", "created", "msecs", "process", "thread")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from shmloader.sizes import (
     Sizes,
     divide,
     divide_open,
+    most_ahead,
     open_records,
 )
 
@@ -229,3 +231,31 @@ def test_an_open_set_has_descriptors_for_small_samples_but_not_for_all_that_woul
     assert open_records(PAGE) == LEAST_OPEN_RECORDS
     assert open_records(1 << 40) == MOST_OPEN_RECORDS
     assert open_records(LEAST_OPEN_RECORDS * 2048) == 2 * LEAST_OPEN_RECORDS
+
+
+# ---- cache_size ----------------------------------------------------------------------------------------
+
+
+def test_a_cache_size_sets_transit_aside_though_all_would_fit() -> None:
+    all_fit = regions(1000 * RECORD, num_rows=100)
+    assert (all_fit.transit_bytes, all_fit.most_resident) == (0, 0)
+    limited = regions(1000 * RECORD, num_rows=100, cache_size=10)
+    assert limited.transit_bytes > 0
+    assert limited.most_resident == 10
+    assert 0 <= limited.resident_bytes - 10 * RECORD < PAGE
+
+
+@pytest.mark.parametrize("cache_size", [100, 101])
+def test_a_cache_size_for_all_rows_is_none(cache_size: int) -> None:
+    assert regions(1000 * RECORD, num_rows=100, cache_size=cache_size) == regions(1000 * RECORD, num_rows=100)
+
+
+def test_of_samples_whose_size_is_not_known_only_the_number_is_limited() -> None:
+    sizes = regions(64 * MIB, num_rows=100, most_record_bytes=None, cache_size=10)
+    assert sizes == replace(regions(64 * MIB, num_rows=100, most_record_bytes=None), most_resident=10)
+
+
+def test_of_a_stream_a_cache_size_limits_what_is_made_ahead() -> None:
+    sizes = divide_open(10_000 * MIB, most_record_bytes=RECORD, in_flight=None, ahead=None, cache_size=100)
+    assert 0 <= sizes.transit_bytes - 2 * 100 * RECORD < PAGE
+    assert [most_ahead(size) for size in (None, 1, LEAST_RECORDS, 100)] == [None, LEAST_RECORDS, LEAST_RECORDS, 100]

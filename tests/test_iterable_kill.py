@@ -165,7 +165,7 @@ def test_a_stream_that_kills_its_reader_is_read_on_by_another(tmp_path: Path, nu
 def test_a_stream_that_kills_each_reader_is_an_error() -> None:
     with open_stream(stream_of(always_deadly, num=NUM, at=HALF)) as dataset:
         found: list[int] = []
-        with pytest.raises(ServiceError, match="died without an error"):
+        with pytest.raises(ServiceError, match="each of the 3 prefetch processes that tried to fetch its chunk died"):
             found.extend(int(sample["number"]) for sample in dataset)
         assert found == list(range(len(found)))
         assert HALF - 64 < len(found) <= HALF

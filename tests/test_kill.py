@@ -407,7 +407,7 @@ def test_a_planner_that_is_killed_is_an_error_with_its_exit_status(tmp_path: Pat
         wait_until(lambda: is_planning(kin))
         kill(roles(kin())["planner"][0])
         _, err = process.communicate(timeout=40)
-        assert "ServiceError: The process that looks up the dataset died (exit status -9)" in err
+        assert "ServiceError: The process that looks up the dataset died: it was killed by signal 9 (SIGKILL)" in err
         wait_until(lambda: kin() == [])
 
 
@@ -430,6 +430,8 @@ def test_services_end_when_the_training_process_dies_between_the_plan_and_its_fi
             "log": "WARNING",
             "spill_bytes": 0,
             "why_no_spill": "",
+            "cache_size": None,
+            "verify": False,
             **sizes,
         }
         payload = write(Work(SourceRequest(name, "train", None, True, {}), None, None, number), head)

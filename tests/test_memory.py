@@ -14,7 +14,7 @@ MAX_MB_PER_WORKER = 40
 
 # Each measurement is taken while the workers live, after three epochs, with a batch in the training loop's hands.
 _MEASURE = """
-import gc, json, sys
+import gc, json, sys, warnings
 import numpy as np, torch
 from torch.utils.data import DataLoader, Dataset
 from shmloader import Options, ShmMultimodalDataset
@@ -46,6 +46,7 @@ def measure(dataset, num_workers, service_pids=()):
     }
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, on purpose
     torch.set_num_threads(1)
     found = {"empty 1": measure(Empty(), 1), "empty 8": measure(Empty(), 8)}
     options = Options(ring_bytes="300MiB", prefetchers=2)

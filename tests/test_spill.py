@@ -282,7 +282,8 @@ def dying(marker: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
         real = os.pwrite
 
         def pwrite(fd: int, data: Any, offset: int) -> int:
-            if Path(marker).exists():
+            is_other = os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:")  # noqa: PTH115  of the deaths, not of chunks
+            if is_other or Path(marker).exists():
                 return real(fd, data, offset)
             real(fd, data[: len(data) // 2], offset)
             Path(marker).touch()

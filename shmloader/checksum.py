@@ -19,7 +19,7 @@ _SEAL = struct.Struct("<II")  # CRC-32, _IS_SEALED
 _IS_SEALED = 1
 #: Bytes that a checksum takes.
 SEAL_BYTES = _SEAL.size
-#: Where a sample's record has its own: `reserved` of shml_record_t in native/shml.h.
+#: Where a sample's record has its own: `seal` of shml_record_t in native/shml.h.
 RECORD_AT = 8
 
 

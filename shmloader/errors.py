@@ -44,9 +44,8 @@ class ShmloaderError(Exception):
     """
 
     def __init__(self, message: str = "", **data: Any) -> None:
-        carried = _CARRIED.findall(message)
-        if carried and not data:  # torch made the message: see carry_data
-            message, data = _CARRIED.sub("", message), json.loads(carried[-1])
+        if not data:  # torch may have made the message: see carry_data
+            message, data = _without_data(message)
         super().__init__(message)
         self.data = data
         self.remote_traceback: str | None = None
@@ -145,6 +144,16 @@ class StaleTokenError(ShmloaderError):
 
 class ClosedError(ShmloaderError):
     """The dataset was closed. Attributes: dataset."""
+
+
+def _without_data(message: str) -> tuple[str, dict[str, Any]]:
+    """``message`` without what `carry_data` put into it, and that; nothing if that is not what the line holds."""
+    carried = _CARRIED.findall(message)
+    try:
+        data = json.loads(carried[-1]) if carried else None
+    except ValueError:  # somebody else's text
+        return message, {}
+    return (_CARRIED.sub("", message), data) if isinstance(data, dict) else (message, {})
 
 
 def carry_data(error: ShmloaderError) -> None:

@@ -52,7 +52,7 @@ class LogPipe:
     def __init__(self, write_fd: int, read_fd: int = -1) -> None:
         self.write_fd, self._read_fd = write_fd, read_fd
         self._lock = threading.RLock()
-        self._is_busy = False
+        self._is_busy = self._is_closing = False
         self._rest = b""
         if read_fd >= 0:
             _pipes.append(self)
@@ -73,12 +73,13 @@ class LogPipe:
         """To be polled for records; -1: this process does not read them."""
         return self._read_fd
 
-    def show(self) -> None:
-        """Hand what has come to this process's loggers. Nothing happens while another thread, or a handler, does."""
+    def show(self) -> bool:
+        """Hand what has come to this process's loggers. False: it did not, since another thread, or a handler, does."""
         if self._read_fd < 0 or not self._lock.acquire(blocking=False):
-            return
+            return False
+        is_first = not self._is_busy  # else a handler, called by us, came here
         try:
-            if not self._is_busy:  # else a handler, called by us, came here
+            if is_first:
                 self._is_busy = True
                 try:
                     self._show()
@@ -86,10 +87,13 @@ class LogPipe:
                     self._is_busy = False
         finally:
             self._lock.release()
+            if is_first and self._is_closing:  # by a handler, or by another thread while it found us here
+                self._end()
+        return is_first
 
     def _show(self) -> None:
         shown = 0
-        while self._read_fd >= 0 and shown < MOST_BYTES:  # a handler may close the set
+        while self._read_fd >= 0 and shown < MOST_BYTES:
             try:
                 data = os.read(self._read_fd, 1 << 16)
             except BlockingIOError:
@@ -100,14 +104,34 @@ class LogPipe:
                 _handle(line)
 
     def close(self) -> None:
-        """Show what has come, and close the ends of this process: services use their stderr from now on."""
-        self.show()
+        """Show what has come, and close the ends of this process: services use their stderr from now on.
+
+        Where another thread, or a handler that calls this, is showing records, it closes them once it has shown all.
+        """
         if self in _pipes:
             _pipes.remove(self)
-        reader, self._read_fd = self._read_fd, -1
-        os.close(self.write_fd)
-        if reader >= 0:
-            os.close(reader)
+        self._is_closing = True  # before it is seen whether somebody shows: who does looks at this after
+        self._end()
+
+    def _end(self) -> None:
+        """Close the ends, unless somebody reads, who will come here."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._is_busy:
+                return
+            if self._read_fd >= 0:
+                self._is_busy = True
+                try:
+                    self._show()
+                finally:
+                    self._is_busy = False
+            ends, self.write_fd, self._read_fd = (self.write_fd, self._read_fd), -1, -1
+            for fd in ends:
+                if fd >= 0:
+                    os.close(fd)
+        finally:
+            self._lock.release()
 
     def leave_to_parent(self) -> None:
         """In a forked child: what comes is its parent's to show, and services are to notice when that is gone."""

@@ -439,3 +439,9 @@ def test_every_class_is_documented_with_its_attributes() -> None:
         for name in re.findall(r"\b[a-z_]+\b", told[1] if told else ""):
             if "_" in name or name in ("row", "shard", "dataset", "name", "value", "expected", "got", "role", "deaths"):
                 assert f"`{name}`" in text, (kind, name)
+
+
+@pytest.mark.parametrize("text", ["shmloader.data: {broken\n}", 'shmloader.data: {"a": 1', "shmloader.data: [1]"])
+def test_a_message_that_looks_like_carried_data_is_a_message(text: str) -> None:
+    error = ShmloaderError(f"told by process:\n{text}")
+    assert (str(error), error.data) == (f"told by process:\n{text}", {})

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -227,6 +228,35 @@ def test_a_handler_may_close_the_set(pipe: LogPipe, service: Any) -> None:
     assert pipe.read_fd == -1
 
 
+def test_what_another_thread_shows_is_shown_to_the_end_when_the_set_is_closed(pipe: LogPipe, service: Any) -> None:
+    is_in_handler, may_go_on = threading.Event(), threading.Event()
+    found: list[str] = []
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(record.getMessage())
+            is_in_handler.set()
+            assert may_go_on.wait(60)
+
+    handler, logger = Slow(), logging.getLogger("shmloader")
+    logger.addHandler(handler)
+    try:
+        for i in range(3):
+            service.warning("%d", i)
+        reader, thread = pipe.read_fd, threading.Thread(target=pipe.show)
+        thread.start()
+        assert is_in_handler.wait(60)
+        service.warning("3")
+        pipe.close()
+        assert os.fstat(reader)  # else it might be another file's by now, which the thread would read from
+        may_go_on.set()
+        thread.join()
+    finally:
+        logger.removeHandler(handler)
+    assert found == ["0", "1", "2", "3"]
+    assert (pipe.read_fd, pipe.write_fd) == (-1, -1)
+
+
 def test_a_line_that_is_no_record_ends_nothing(pipe: LogPipe, service: Any, caplog: Any) -> None:
     os.write(pipe.write_fd, b"noise\n[1]\n")
     service.warning("a record")
@@ -287,6 +317,26 @@ def test_a_prefetcher_that_died_is_told_with_how_it_ended(
     assert f"process {victim} was killed by signal 9 (SIGKILL)" in told[0].getMessage()
     assert told[0].process != os.getpid()
     assert "SIGKILL" not in capfd.readouterr().err
+
+
+def test_a_prefetcher_that_dies_while_idle_is_not_told_to_have_died_over_its_last_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = Options(ring_bytes=8192, window_bytes=4096, in_flight=2, ahead=2, prefetchers=1)
+    commits: list[int] = []
+
+    def is_idle() -> bool:
+        commits.append(dataset.stats().commits)
+        return len(commits) > 50 and len(set(commits[-50:])) == 1
+
+    with make(write_numbers(tmp_path / "d", 512), process=number, options=options) as dataset:
+        for row in (500, 17, 301):
+            assert int(dataset[row]["number"]) == row
+        wait_until(is_idle)
+        victim = wait_until(lambda: prefetchers_of(dataset))[0]
+        kill(victim)
+        wait_until(lambda: dataset.stats() and any(str(victim) in record.getMessage() for record in caplog.records))
+    assert not [record for record in caplog.records if "while it decoded" in record.getMessage()]
 
 
 def test_each_step_is_told_at_debug_level(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

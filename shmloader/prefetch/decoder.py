@@ -103,6 +103,7 @@ class Decoder:
         finally:
             pinned.release()
             self._schedule.give_back(task, sorted(left))
+            self._note(None)
             self.num_rows += num_rows
             elapsed = time.monotonic() - began - self._waited_s
             self.busy_s += elapsed
@@ -111,9 +112,9 @@ class Decoder:
                 mean = elapsed / num_rows
                 self._row_s = mean if not self._row_s else 0.7 * self._row_s + 0.3 * mean
 
-    def _note(self, task: Task) -> None:
-        """Write down the row, if it is one alone, for whom its decoder dies over it."""
-        row = task.rows[0][1] if len(task.rows) == 1 else None
+    def _note(self, task: Task | None) -> None:
+        """Write down the row, if it is one alone, should this process die over it; None: it did not."""
+        row = task.rows[0][1] if task is not None and len(task.rows) == 1 else None
         if row is not None or self._is_noted:
             self._deaths.note_row(self._ring.slot, row)
             self._is_noted = row is not None

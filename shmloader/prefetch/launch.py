@@ -167,8 +167,9 @@ def _read_line(fd: int, log: LogPipe | None) -> bytes:
     data = b""
     while not data.endswith(b"\n"):
         ready = dict(poll.poll())
-        if log is not None:
-            log.show()
+        if log is not None and not log.show():  # somebody else does: not to be woken for it again and again
+            poll.unregister(log.read_fd)
+            log = None
         if fd in ready:
             if not (chunk := os.read(fd, 1 << 16)):
                 break

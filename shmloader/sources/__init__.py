@@ -5,15 +5,6 @@
     SourceRequest ──make_plan──▶ SourcePlan ──open_reader──▶ Reader.read(chunk) ──▶ Arrow batches
                    (planner)                 (prefetchers)
 
-mode        rows come from                          chunks
-==========  ======================================  ===============================
-local       Parquet files on this machine           row groups, any order
-downloaded  the same, fetched from the Hub first    row groups, any order
-streaming   Parquet files on the Hub                row groups, any order
-loaded      a ``datasets.Dataset``, prepared Arrow  64 rows, any order
-sequential  a stream, or files of another format    64 rows, front to back
-==========  ======================================  ===============================
-=======
 ============  ======================================  =================================
 mode          rows come from                          chunks
 ============  ======================================  =================================

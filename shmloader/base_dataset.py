@@ -120,7 +120,8 @@ class SharedDataset:
             to a multiple of this; a dict: of these fields; None: as the config says.
         ragged: field → "pad": filled up to the longest, also if a wrapper has added the field (with 0); "nested": a
             jagged ``torch.nested`` tensor [B, j, …]; "list": each sample's value as it is, whatever it is, None where
-            it is lacking. Only "pad" makes an ``attention_mask``. Of what is in a dict: "field.key".
+            it is lacking. Only "pad" makes an ``attention_mask``. Of what is in a dict: "field.key". Lists of numbers,
+            of any depth, are made tensors for "pad" and "nested".
 
         Raises:
             OptionError: a bad argument, or there is nothing that it is for. What that depends on samples is raised from

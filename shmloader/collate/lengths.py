@@ -79,6 +79,19 @@ class Lengths:
                     "ragged", dict(self.modes), f"names {asked!r}, which no sample of a batch has: there are {there}"
                 )
 
+    def check_no_dict(self, name: str, names: Iterable[Any]) -> None:
+        """Raises an OptionError if a mode was asked for what is in the field ``name``, which is no dict.
+
+        names: the fields of the batch, whose own names may have dots.
+        """
+        for asked, _ in self.modes:
+            if asked.startswith(f"{name}.") and asked not in names:
+                raise _error(
+                    "ragged",
+                    dict(self.modes),
+                    f"names {asked!r}, but {name!r} is not a plain dict in all samples of a batch",
+                )
+
     def check_multiples(self, face: Face) -> None:
         """Raises an OptionError if a multiple was asked for what is not padded in a dataset with this face."""
         if self.of_tokens is not None and not _tokens(face):

@@ -205,14 +205,24 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _check_dtypes(name: str, values: Sequence[Any], origins: Sequence[object]) -> None:
-    """Not uint8 images of one dataset beside another's normalised ones: the numbers do not mean the same."""
-    of_tensors = zip(values, origins, strict=True)
-    kinds = {of: value.is_floating_point() for value, of in of_tensors if of is not None and _is_tensor(value)}
-    if len(set(kinds.values())) > 1:
+    """Not uint8 images beside normalised ones, and of several datasets no whole numbers beside floats.
+
+    The numbers do not mean the same.
+    """
+    rows = [row for row, value in enumerate(values) if _is_tensor(value) and origins[row] is not None]
+    floats = [row for row in rows if values[row].is_floating_point()]
+    whole = [row for row in rows if not values[row].is_floating_point()]
+    if not floats or not whole:
+        return
+    odd = next((row for row in whole if values[row].dtype == torch.uint8), None)
+    if odd is None and len({origins[row] for row in rows}) > 1:
+        odd = whole[0]
+    if odd is not None:
         raise _no_batch(
             name,
-            "the datasets in the batch have it as floats and as whole numbers. Give them the same config "
-            f"(image_dtype), or another name: keys={{{name!r}: …}}",
+            f"samples of the batch have it as floats and as whole numbers ({floats[0]}: {values[floats[0]].dtype}, "
+            f"{odd}: {values[odd].dtype}). Give their datasets the same config (image_dtype), or another name: "
+            f"keys={{{name!r}: …}}",
         )
 
 

@@ -137,8 +137,8 @@ def _raise_different(wrong: set[str], keys: Sequence[Sequence[str]]) -> None:
         f"Samples of one batch have different fields: sample {row} of the batch differs from sample 0 in {odd}, which "
         "no schema calls optional. A `transform` or a wrapper must give every sample of a dataset the same fields. "
         "Samples of several datasets (ConcatDataset) may have different ones, as long as each has its `source`, and "
-        "no two of them the same: all datasets in memory are named 'Dataset'. A wrapper that makes dicts of these can set "
-        "'source', or change the sample itself.",
+        "no two of them the same: all datasets in memory are named 'Dataset'. A wrapper that makes dicts of these can "
+        "set 'source', or change the sample itself.",
         field=odd,
         row=row,
     )

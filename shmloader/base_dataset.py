@@ -187,6 +187,7 @@ class SharedDataset:
         return Stats(
             num_rows=self._reader.plan.source.num_rows,
             samples_ready=raw["num_ready"],
+            samples_kept=raw["num_resident"],
             samples_bad=raw["num_errors"] + raw["num_aside"],
             commits=raw["num_commits"],
             decoding_s=raw["decoding_ns"] / 1e9,

@@ -103,6 +103,9 @@ class SharedDataset:
         made of them, as ``{**sample, "x": 1}``: these are padded and have masks too. They may be in tuples or lists,
         which are collated as torch does.
 
+        A batch with samples of several datasets has the fields of those in it, and masks of those that some lack. So
+        which keys it has depends on whose samples are in it: look with ``batch.get("image_mask")``.
+
         Raises:
             ShmloaderError: the samples have different fields, or the values of one cannot be laid side by side.
         """

@@ -322,10 +322,17 @@ def test_multiple_of_what_is_not_padded_is_an_error(texts: Any, images_path: str
         texts.collate_with(pad_to_multiple_of={"source": 8})
     with pytest.raises(OptionError, match=r"names 'boxes', which is not padded.*ragged=\{'boxes': 'pad'\}"):
         texts.collate_with(pad_to_multiple_of={"boxes": 8})
-    with pytest.raises(OptionError, match="names 'text', which is not padded"):
+    with pytest.raises(OptionError, match=r"names 'text', which is not padded, since ragged=\{'text': 'nested'\}$"):
         texts.collate_with(pad_to_multiple_of={"text": 8}, ragged={"text": "nested"})
+    both = {"text": "list", "labels": "nested"}
+    with pytest.raises(OptionError, match=r"but with ragged=.* none are padded: the dataset's are text, labels"):
+        texts.collate_with(pad_to_multiple_of=8, ragged=both)
+    images = make_dataset(images_path)
     with pytest.raises(OptionError, match="of all tokens was asked for, but the dataset has none, only image, labels"):
-        make_dataset(images_path).collate_with(pad_to_multiple_of=8)
+        images.collate_with(pad_to_multiple_of=8)
+    for modes in (None, {"image": "pad"}):
+        with pytest.raises(OptionError, match=r"names 'image', which is not padded: its shape is \[3, .*\], and only"):
+            images.collate_with(pad_to_multiple_of={"image": 8}, ragged=modes)
 
 
 @pytest.mark.parametrize("asked", ["nested", {"text": "jagged"}, {"text": None}, [("text", "pad")]])

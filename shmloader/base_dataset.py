@@ -103,6 +103,9 @@ class SharedDataset:
         made of them, as ``{**sample, "x": 1}``: these are padded and have masks too. They may be in tuples or lists,
         which are collated as torch does.
 
+        A batch with samples of several datasets has the fields of those in it, and masks of those that some lack. So
+        which keys it has depends on whose samples are in it: look with ``batch.get("image_mask")``.
+
         Raises:
             ShmloaderError: the samples have different fields, or the values of one cannot be laid side by side.
         """
@@ -120,7 +123,8 @@ class SharedDataset:
             to a multiple of this; a dict: of these fields; None: as the config says.
         ragged: field → "pad": filled up to the longest, also if a wrapper has added the field (with 0); "nested": a
             jagged ``torch.nested`` tensor [B, j, …]; "list": each sample's value as it is, whatever it is, None where
-            it is lacking. Only "pad" makes an ``attention_mask``. Of what is in a dict: "field.key".
+            it is lacking. Only "pad" makes an ``attention_mask``. Of what is in a dict: "field.key". Lists of numbers,
+            of any depth, are made tensors for "pad" and "nested".
 
         Raises:
             OptionError: a bad argument, or there is nothing that it is for. What that depends on samples is raised from
@@ -186,6 +190,7 @@ class SharedDataset:
         return Stats(
             num_rows=self._reader.plan.source.num_rows,
             samples_ready=raw["num_ready"],
+            samples_kept=raw["num_resident"],
             samples_bad=raw["num_errors"] + raw["num_aside"],
             commits=raw["num_commits"],
             decoding_s=raw["decoding_ns"] / 1e9,

@@ -42,11 +42,13 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             which are joined by a line's end.
         use_streaming: a Hub's data is read from where it lies, and never all of it at once. False: it is downloaded
             first, into the caches of ``huggingface_hub`` and ``datasets``, and found there the next time.
-        cache_size: at most so many samples are kept in the ring; the others are decoded when they are needed, as where
-            the data does not fit it. None: as many as find room.
+        cache_size: at most so many samples stay in the ring (``stats().samples_kept``); the others are decoded when
+            they are needed, as where the data does not fit it. Beside them there is room for those that are on their
+            way: twice ``Options.in_flight + ahead``, or less in a small ring. None: as many stay as find room.
         keys: the names of fields in samples, batches and what ``transform`` gets. "shmloader": as below. "hf": those of
             transformers' models (``input_ids``, ``attention_mask``, ``pixel_values``, ``input_values``, ``labels``)
             and nothing else. A dict: {name: new name, or None to drop it}, masks included; the others keep theirs.
+            Only this drops what a row may lack: where ``transform`` leaves it out, batches have zeros and the mask.
         load: passed on to ``datasets`` (name, revision, token, data_files, …).
         options: settings; None: those of the environment (``SHMLOADER_*``).
         writable: ``dataset[i]`` gives private copies in place of read-only views.
@@ -107,8 +109,15 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         assert num_rows is not None  # only an iterable request has an open plan
         return num_rows
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.__getitems__([index])[0]
+    def __getitem__(self, index: Any) -> dict[str, Any]:
+        """The sample of an index; of a slice or several indices (a list, a tensor [n]) the batch that `collate` makes.
+
+        So a DataLoader may be given ``sampler=BatchSampler(…), batch_size=None``.
+        """
+        if hasattr(index, "__index__") and not getattr(index, "ndim", 0):  # a tensor [1] has one too
+            return self.__getitems__([index])[0]
+        batch: dict[str, Any] = self.collate(self.__getitems__(self._several(index)))
+        return batch
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for index in range(len(self)):
@@ -126,6 +135,21 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         epochs = [epoch - 1] * len(rows) if epoch else attachment.ring.segment.count_reads(array("Q", rows))
         samples = (Sample.over(attachment, refs, i, writable=True) for i in range(len(rows)))
         return [self._transformed(s, row, epoch) for s, row, epoch in zip(samples, rows, epochs, strict=True)]
+
+    def _several(self, index: Any) -> Sequence[int]:
+        """The indices that ``index`` stands for."""
+        if isinstance(index, slice):
+            rows: Any = range(*index.indices(len(self)))
+        else:
+            rows = index.tolist() if hasattr(index, "tolist") else index
+        if not isinstance(rows, list | tuple | range) or any(isinstance(row, bool) for row in rows):
+            raise TypeError(
+                f"A sample's index must be a whole number, a batch's a list of such or a slice, but got {index!r:.80} "
+                f"({type(index).__name__}). A field is of a sample: dataset[0]['text']"
+            )
+        if not rows:
+            raise IndexError(f"{index!r:.80} of {self.name!r} is no sample at all, which makes no batch")
+        return rows
 
     def _rows(self, indices: Sequence[int]) -> list[int]:
         rows = [operator.index(i) for i in indices]

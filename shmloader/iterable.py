@@ -39,8 +39,9 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
         config, tokenizer, split, dataset_name, transform, process, columns, keys, load, options, writable, seed:
             as of `ShmMultimodalDataset`. A ``transform`` is seeded by (seed, epoch, position); the epoch is what
             `set_epoch` said before the iteration began, else 0.
-        cache_size: as of `ShmMultimodalDataset` where the number of rows is known. Of a stream nothing is kept: then at
-            most so many samples are decoded ahead of its readers, but never less than 16.
+        cache_size: as of `ShmMultimodalDataset` where the number of rows is known. Of a stream nothing stays: then at
+            most so many samples are decoded ahead of its readers, but never less than 16; those that readers work on
+            come on top.
         max_samples: end after so many, over all workers; None: at the end.
 
     Raises:

@@ -141,7 +141,8 @@ class Options:
     prefetchers: number of prefetch processes; None: one a core, 8 at most. ``SHMLOADER_PREFETCHERS``
     timeout_s: a reader that waits this long without any progress of the prefetchers raises
         `WaitTimeoutError`. ``SHMLOADER_TIMEOUT_S``
-    log: the least level that the services write to stderr. ``SHMLOADER_LOG``
+    log: the least level that the services log, into the loggers ``shmloader.*`` of the process that made the dataset.
+        ``SHMLOADER_LOG``
     """
 
     ring_bytes: int | str | None = field(default_factory=lambda: _env_size(os.environ, "SHMLOADER_RING_BYTES"))

@@ -82,7 +82,7 @@ def divide(
 
     most_record_bytes: no sample is larger; None: not known. chunk_bytes: (estimated) encoded bytes of each chunk.
     in_flight, ahead: samples that readers work on at once, and that are decoded ahead of them; None: not said.
-    cache_size: most samples that stay; None: as many as find room.
+    cache_size: most samples that stay, beside those in transit; None: as many as find room.
 
     Raises:
         RingTooSmallError: it cannot hold what is in flight; RecordTooLargeError: not even one sample.

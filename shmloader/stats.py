@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Stats:
     """A snapshot; every number is of the whole set, except where said.
 
-    num_rows: samples of the dataset; None: nobody knows, it is a stream. samples_ready: of these in the ring.
+    num_rows: samples of the dataset; None: nobody knows, it is a stream. samples_ready: of these in the ring,
+        those on their way included. samples_kept: that stay there, or are about to: ``cache_size`` at most.
     samples_bad: that could not be made.
     commits: samples decoded so far; where all fit the ring, each is once.
     decoding_s: seconds that all prefetchers together have spent making samples.
@@ -31,6 +32,7 @@ class Stats:
 
     num_rows: int | None
     samples_ready: int
+    samples_kept: int
     samples_bad: int
     commits: int
     decoding_s: float

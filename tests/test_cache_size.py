@@ -63,6 +63,7 @@ def test_just_as_many_are_kept_and_never_more(numbers_path: str, cache_size: int
                 assert found == rows[at : at + 20]
                 assert num_kept(dataset) <= cache_size
         assert wait_until(lambda: num_kept(dataset) == cache_size)
+        assert dataset.stats().samples_kept == cache_size
 
 
 @pytest.mark.parametrize("cache_size", [NUM_ROWS, NUM_ROWS + 1])
@@ -70,6 +71,7 @@ def test_a_size_for_all_samples_changes_nothing(numbers_path: str, cache_size: i
     with opened(numbers_path, process=number, cache_size=cache_size) as dataset:
         assert dataset._reader.attach().segment.stats()["most_resident"] == 0
         assert [int(sample["number"]) for sample in dataset] == list(range(NUM_ROWS))
+        assert dataset.stats().samples_kept == NUM_ROWS
 
 
 def test_of_what_is_kept_no_reading_decodes_again(numbers_path: str) -> None:

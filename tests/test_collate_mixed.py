@@ -187,6 +187,42 @@ def test_normalised_and_raw_images_are_an_error(vision: Any) -> None:
                 collate_as(vision.face, PADDED, samples)
 
 
+def test_normalised_and_raw_images_of_one_name_are_an_error(vision: Any) -> None:
+    """As of two datasets in memory; or a transform that does not treat all samples alike."""
+    with three((image(is_float=False, optional=False), LABEL), "vision") as raw:
+        for samples in ([dict(vision[0]), dict(raw[0])], [dict(raw[0]), dict(raw[1]), dict(vision[0])]):
+            with pytest.raises(ShmloaderError, match=r"'image' cannot .* as floats and as whole numbers \(.*uint8\)"):
+                collate_as(vision.face, PADDED, samples)
+    scores = [{**vision[i], "score": torch.tensor(value)} for i, value in enumerate((1, 0.5))]
+    assert collate_as(vision.face, PADDED, scores)["score"].tolist() == [1, 0.5]
+
+
+@pytest.mark.parametrize("way", ["dicts", "a_sample", "others_first"])
+def test_dicts_of_datasets_of_one_name_are_told_apart_by_their_fields(vision: Any, way: str) -> None:
+    """As all that are in memory have, whose name is that of their type."""
+    with three((audio(), LABEL), "vision") as sound:
+        samples = [vision[1], vision[2], sound[0], sound[1]]
+        samples = [s if way == "a_sample" and i == 2 else {**s, "x": i} for i, s in enumerate(samples)]
+        if way == "a_sample":
+            samples[2]["x"] = 2
+        if way == "others_first":
+            samples = [samples[2], samples[0], samples[3], samples[1]]
+        batch = collate_as(vision.face, PADDED, samples)
+        has_image = [False, True, False, True] if way == "others_first" else [True, True, False, False]
+        assert batch["image_mask"].tolist() == has_image
+        assert batch["audio_mask"].tolist() == [not has for has in has_image]
+        assert batch["x"].tolist() == ([2, 0, 3, 1] if way == "others_first" else [0, 1, 2, 3])
+        assert batch["labels"].tolist() == ([0, 1, 1, 2] if way == "others_first" else [1, 2, 0, 1])
+
+
+def test_a_dict_that_only_lacks_a_field_is_of_no_other_dataset(vision: Any) -> None:
+    for lacking in ("image", "x"):
+        samples = [{**vision[i], "x": i} for i in range(3)]
+        del samples[1][lacking]
+        with pytest.raises(ShmloaderError, match=rf"sample 1 .* differs from sample 0 in {lacking}, .*'Dataset'"):
+            collate_as(vision.face, PADDED, samples)
+
+
 def test_a_field_that_one_sample_of_a_dataset_lacks_is_an_error(vision: Any, sound: Any) -> None:
     """Though another dataset's samples may lack it."""
     sample = vision[1]

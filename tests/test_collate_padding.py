@@ -233,6 +233,51 @@ def test_fields_that_a_wrapper_added_are_padded_if_asked_for(texts: Any) -> None
     assert batch["meta"]["points"].tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0]]
 
 
+def test_modes_are_for_what_is_in_dicts_too(texts: Any) -> None:
+    """Of whatever kind, and in dicts in dicts."""
+    function = texts.collate_with(ragged={"m.list": "list", "m.ids": "nested", "m.in.boxes": "list", "m.in.n": "pad"})
+    deep = [{"boxes": torch.ones(i, 4), "n": np.arange(i)} for i in range(3)]
+    found = function([{**texts[i], "m": {"list": [i] * i, "ids": [7] * i, "in": deep[i]}} for i in range(3)])["m"]
+    assert found["list"] == [[], [1], [2, 2]]
+    assert [ids.tolist() for ids in found["ids"].unbind()] == [[], [7], [7, 7]]
+    assert [len(boxes) for boxes in found["in"]["boxes"]] == [0, 1, 2]
+    assert found["in"]["n"].tolist() == [[0, 0], [0, 0], [0, 1]]
+
+
+def test_mode_for_what_is_in_no_dict_is_an_error(texts: Any) -> None:
+    function = texts.collate_with(ragged={"boxes.x": "list"})
+    with pytest.raises(OptionError, match=r"names 'boxes\.x', but 'boxes' is not a plain dict"):
+        function([with_boxes(texts[i], i) for i in range(2)])
+    batch = function([{**texts[i], "boxes": 1, "boxes.x": torch.ones(i)} for i in range(2)])  # a name with a dot
+    assert [len(x) for x in batch["boxes.x"]] == [0, 1]
+
+
+@WORKERS
+def test_lists_of_numbers_are_padded_as_tensors_are(texts: Any, num_workers: int) -> None:
+    """Token ids that a tokenizer gave, boxes of a row's annotations; empty ones are as the others."""
+
+    def with_lists(sample: Any, i: int) -> Any:
+        boxes = [[float(i)] * 4] * i
+        return {**sample, "text": [5] * (i + 1), "ids": [i] * i, "boxes": boxes, "b": boxes, "none": ()}
+
+    function = texts.collate_with(ragged={"ids": "pad", "boxes": "pad", "b": "nested", "none": "pad"})
+    batch = first_batch(Wrapper(texts, with_lists), num_workers, batch_size=3, collate_fn=function)
+    assert batch["ids"].dtype == torch.int64
+    assert batch["ids"].tolist() == [[0, 0], [1, 0], [2, 2]]
+    assert batch["boxes"].dtype == torch.float32
+    assert batch["boxes"][:, :, 3].tolist() == [[0, 0], [1, 0], [2, 2]]
+    assert [boxes.shape for boxes in batch["b"].unbind()] == [(0, 4), (1, 4), (2, 4)]
+    assert batch["none"].shape == (3, 0)
+    assert batch["text"].tolist() == [[5, 0, 0], [5, 5, 0], [5, 5, 5]]  # as the schema says
+    assert batch["attention_mask"].sum(1).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("value", "message"), [([[1], [2, 3]], "list of sample 1"), ([1, "a"], "sample 1 .* a list")])
+def test_lists_that_are_no_tensors_are_an_error(texts: Any, value: Any, message: str) -> None:
+    with pytest.raises(ShmloaderError, match=rf"'ids' cannot be made a batch: .*{message}"):
+        texts.collate_with(ragged={"ids": "pad"})([{**texts[0], "ids": [1]}, {**texts[1], "ids": value}])
+
+
 def test_what_cannot_be_jagged_is_an_error_that_says_so(texts: Any) -> None:
     function = texts.collate_with(ragged={"x": "nested"})
     with pytest.raises(
@@ -277,10 +322,17 @@ def test_multiple_of_what_is_not_padded_is_an_error(texts: Any, images_path: str
         texts.collate_with(pad_to_multiple_of={"source": 8})
     with pytest.raises(OptionError, match=r"names 'boxes', which is not padded.*ragged=\{'boxes': 'pad'\}"):
         texts.collate_with(pad_to_multiple_of={"boxes": 8})
-    with pytest.raises(OptionError, match="names 'text', which is not padded"):
+    with pytest.raises(OptionError, match=r"names 'text', which is not padded, since ragged=\{'text': 'nested'\}$"):
         texts.collate_with(pad_to_multiple_of={"text": 8}, ragged={"text": "nested"})
+    both = {"text": "list", "labels": "nested"}
+    with pytest.raises(OptionError, match=r"but with ragged=.* none are padded: the dataset's are text, labels"):
+        texts.collate_with(pad_to_multiple_of=8, ragged=both)
+    images = make_dataset(images_path)
     with pytest.raises(OptionError, match="of all tokens was asked for, but the dataset has none, only image, labels"):
-        make_dataset(images_path).collate_with(pad_to_multiple_of=8)
+        images.collate_with(pad_to_multiple_of=8)
+    for modes in (None, {"image": "pad"}):
+        with pytest.raises(OptionError, match=r"names 'image', which is not padded: its shape is \[3, .*\], and only"):
+            images.collate_with(pad_to_multiple_of={"image": 8}, ragged=modes)
 
 
 @pytest.mark.parametrize("asked", ["nested", {"text": "jagged"}, {"text": None}, [("text", "pad")]])

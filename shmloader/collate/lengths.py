@@ -79,25 +79,56 @@ class Lengths:
                     "ragged", dict(self.modes), f"names {asked!r}, which no sample of a batch has: there are {there}"
                 )
 
+    def check_no_dict(self, name: str, names: Iterable[Any]) -> None:
+        """Raises an OptionError if a mode was asked for what is in the field ``name``, which is no dict.
+
+        names: the fields of the batch, whose own names may have dots.
+        """
+        for asked, _ in self.modes:
+            if asked.startswith(f"{name}.") and asked not in names:
+                raise _error(
+                    "ragged",
+                    dict(self.modes),
+                    f"names {asked!r}, but {name!r} is not a plain dict in all samples of a batch",
+                )
+
     def check_multiples(self, face: Face) -> None:
         """Raises an OptionError if a multiple was asked for what is not padded in a dataset with this face."""
-        if self.of_tokens is not None and not _tokens(face):
-            raise _error(
-                "pad_to_multiple_of",
-                self.of_tokens,
-                f"of all tokens was asked for, but the dataset has none, only {', '.join(face.names)}. Name the "
-                f"fields: pad_to_multiple_of={{'input_ids': {self.of_tokens}}}",
-            )
-        for name, _ in self.multiples:
-            field = face.field(name)
-            is_ragged = field is None or (field.shape[:1] == (None,) and not field.is_text)
-            if self.mode(name, field) != "pad" or not is_ragged:
+        if self.of_tokens is not None:
+            tokens = _tokens(face)
+            if not tokens:
                 raise _error(
                     "pad_to_multiple_of",
-                    dict(self.multiples),
-                    f"names {name!r}, which is not padded. The dataset has {', '.join(face.names)}; a field that a "
-                    f"wrapper has added is padded with ragged={{{name!r}: 'pad'}}",
+                    self.of_tokens,
+                    f"of all tokens was asked for, but the dataset has none, only {', '.join(face.names)}. Name the "
+                    f"fields: pad_to_multiple_of={{'input_ids': {self.of_tokens}}}",
                 )
+            if all(self.mode(name, face.field(name)) != "pad" for name in tokens):
+                raise _error(
+                    "pad_to_multiple_of",
+                    self.of_tokens,
+                    f"of all tokens was asked for, but with ragged={dict(self.modes)!r} none are padded: the dataset's "
+                    f"are {', '.join(tokens)}",
+                )
+        for name, _ in self.multiples:
+            self._check_multiple(name, face)
+
+    def _check_multiple(self, name: str, face: Face) -> None:
+        field = face.field(name)
+        asked = dict(self.modes).get(name)
+        is_ragged = field is not None and field.shape[:1] == (None,) and not field.is_text
+        if self.mode(name, field) == "pad" and (field is None or is_ragged):
+            return
+        why = f"is not padded. The dataset has {', '.join(face.names)}"
+        if asked in ("nested", "list"):
+            why = f"is not padded, since ragged={{{name!r}: {asked!r}}}"
+        elif is_ragged:
+            why = f"has no value that it is padded with: pad it with zeros by ragged={{{name!r}: 'pad'}}"
+        elif field is not None and not field.is_text:
+            why = f"is not padded: its shape is {list(field.shape)}, and only a first dimension that differs (None) is"
+        elif name not in face.names:
+            why += f"; a field that a wrapper has added is padded with ragged={{{name!r}: 'pad'}}"
+        raise _error("pad_to_multiple_of", dict(self.multiples), f"names {name!r}, which {why}")
 
 
 #: As the datasets' schemas say.

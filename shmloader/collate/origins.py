@@ -14,7 +14,8 @@ from shmloader.views import Sample
 class Origins:
     """Of each sample of a batch that somebody has touched: its dataset's face, None where that is not known.
 
-    A `Sample` knows its dataset; a plain dict is of the one that its ``source`` names, else of ``bound``.
+    A `Sample` knows its dataset; a plain dict is of the one that its ``source`` names, else of ``bound``. Several
+    datasets may have the same name (each that is in memory is a "Dataset"): then its fields tell.
 
     datasets: of each sample its face, or the dataset's name where only that is known, or None. faces: the faces alone.
     in_batch: the faces there are. known: these, and ``bound``. names: the fields of the batch.
@@ -39,6 +40,10 @@ class Origins:
         self.datasets: list[Face | str | None] = [
             face or _named(sample, candidates, fallback) for face, sample in zip(found, samples, strict=True)
         ]
+        for face in candidates:
+            for row in _of_a_namesake(face, [row for row, of in enumerate(self.datasets) if of is face], samples):
+                if found[row] is None:
+                    self.datasets[row] = face.source
         self.faces = [of if isinstance(of, Face) else None for of in self.datasets]
         self.in_batch = tuple(dict.fromkeys(face for face in self.faces if face is not None))
         self.known = tuple(dict.fromkeys((*self.in_batch, *candidates)))
@@ -84,11 +89,28 @@ def _face(sample: Any, lengths: Lengths) -> Face | None:
 
 def _named(sample: Mapping[str, Any], known: Mapping[Face, Any], fallback: Face | None) -> Face | str | None:
     """The dataset that a plain dict is of; a str: only its name is known."""
-    for face in known:
-        if face.source_name is not None and sample.get(face.source_name) == face.source:
-            return face
+    faces = [face for face in known if face.source_name is not None and sample.get(face.source_name) == face.source]
+    if faces:
+        return min(faces, key=lambda face: _num_unlike(sample, face))
     source = sample.get("source" if fallback is None else fallback.source_name or "source")
     return source if isinstance(source, str) else fallback
+
+
+def _num_unlike(sample: Mapping[str, Any], face: Face) -> int:
+    """How many fields of the dataset the sample lacks, and has more than it."""
+    return len(face.index.keys() - face.optional - sample.keys()) + len(sample.keys() - set(face.names))
+
+
+def _of_a_namesake(face: Face, rows: Sequence[int], samples: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Of ``rows``, which seem to be of the dataset: those of another one of its name, that nobody has told us of.
+
+    They lack a field that the dataset's own samples have, and have one that those lack. What only lacks one is a
+    mistake of a wrapper.
+    """
+    keys = {row: set(_keys(samples[row], face)) for row in rows}
+    needed = (face.index.keys() - face.optional) & set[str]().union(*keys.values())
+    own = set(face.names).union(*(names for names in keys.values() if needed <= names))
+    return [row for row, names in keys.items() if not needed <= names and not names <= own]
 
 
 def _keys(sample: Mapping[str, Any], face: Face | None) -> Sequence[str]:
@@ -114,7 +136,9 @@ def _raise_different(wrong: set[str], keys: Sequence[Sequence[str]]) -> None:
     raise ShmloaderError(
         f"Samples of one batch have different fields: sample {row} of the batch differs from sample 0 in {odd}, which "
         "no schema calls optional. A `transform` or a wrapper must give every sample of a dataset the same fields. "
-        "Samples of several datasets (ConcatDataset) may have different ones, as long as each has its `source`.",
+        "Samples of several datasets (ConcatDataset) may have different ones, as long as each has its `source`, and "
+        "no two of them the same: all datasets in memory are named 'Dataset'. A wrapper that makes dicts of these can "
+        "set 'source', or change the sample itself.",
         field=odd,
         row=row,
     )

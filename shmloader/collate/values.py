@@ -49,20 +49,17 @@ class Values:
         origins = self._origins
         fields = self._fields(name)
         field = next((field for field in fields if field is not None), None)
-        values = [_as_tensor(sample.get(name, _LACKING)) for sample in origins.samples]
+        mode = self._lengths.mode(name, field)
+        values = _as_tensors(name, [sample.get(name, _LACKING) for sample in origins.samples], mode)
         present = [value for value in values if value is not _LACKING]
         if len(present) < len(values) and all(isinstance(value, np.generic) for value in present):
             values = [value if value is _LACKING else _number(value) for value in values]
-        mode = self._lengths.mode(name, field)
         is_told = mode == "list" and any(face.is_strict for face in origins.in_batch)  # by None in its place
         presence = None if is_told else presence_name(origins.in_batch, name, len(present) < len(values))
-        batch: dict[str, Any]
-        if mode == "list":
-            batch = {name: [None if value is _LACKING else value for value in values]}
-        elif any(map(_is_tensor, present)) or not (present or field is None or field.is_text):
+        if not present and field is not None and not field.is_text and mode != "list":
             batch = self._tensors(name, values, fields, mode)
         else:
-            batch = {name: self._others(name, values)}
+            batch = self._laid(name, values, fields, mode)
         if presence is not None and presence not in origins.names:
             batch[presence] = torch.tensor([value is not _LACKING for value in values])
         return batch
@@ -71,6 +68,16 @@ class Values:
         """What each sample's dataset says of the field; of a sample of an unknown one, what the first known says."""
         known = next((field for face in self._origins.known if (field := face.field(name)) is not None), None)
         return [known if face is None or face.field(name) is None else face.field(name) for face in self._origins.faces]
+
+    def _laid(self, name: str, values: list[Any], fields: list[Field | None], mode: str | None) -> dict[str, Any]:
+        """Values of samples, or of dicts in them, side by side as ``mode`` says."""
+        if mode == "list":
+            return {name: [None if value is _LACKING else value for value in values]}
+        if not all(type(value) is dict for value in values):
+            self._lengths.check_no_dict(name, self._origins.names)
+        if any(map(_is_tensor, values)):
+            return self._tensors(name, values, fields, mode)
+        return {name: self._others(name, values)}
 
     # -- tensors ---------------------------------------------------------------------------------------
 
@@ -150,17 +157,42 @@ class Values:
         inner: dict[Any, Any] = {}
         for key in values[0]:
             path = f"{name}.{key}"
-            items = [_as_tensor(value[key]) for value in values]
-            if any(_is_tensor(item) for item in items):
-                inner[key] = self._tensors(path, items, [None] * len(items), self._lengths.mode(path, None))[path]
-            else:
-                inner[key] = self._others(path, items)
+            mode = self._lengths.mode(path, None)
+            items = _as_tensors(path, [value[key] for value in values], mode)
+            inner[key] = self._laid(path, items, [None] * len(items), mode)[path]
         return inner
 
 
-def _as_tensor(value: Any) -> Any:
-    is_numeric = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
-    return torch.as_tensor(value) if is_numeric else value
+def _as_tensors(name: str, values: Sequence[Any], mode: str | None) -> list[Any]:
+    """Arrays of numbers as tensors; lists of numbers too (token ids), where lengths may differ.
+
+    Else these are torch's to collate, by their items.
+    """
+    made = [torch.as_tensor(value) if _is_numeric_array(value) else value for value in values]
+    if mode not in ("pad", "nested") or not any(isinstance(value, list | tuple) for value in made):
+        return made
+    for row, value in enumerate(made):
+        if isinstance(value, list | tuple) and value and _is_numbers(value):
+            try:
+                made[row] = torch.tensor(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise _no_batch(name, f"the list of sample {row} of the batch is no tensor ({error})") from error
+    if any(isinstance(value, list | tuple) and value for value in made):
+        return made  # of strings, say
+    # An empty list tells neither dtype nor shape. Whole numbers give way to any others that it is concatenated with.
+    like = next((value[:0] for value in made if _is_tensor(value) and value.ndim), torch.zeros(0, dtype=torch.int64))
+    return [like if isinstance(value, list | tuple) else value for value in made]
+
+
+def _is_numeric_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+
+
+def _is_numbers(value: Any) -> bool:
+    """A number, or a list of such, of any depth."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_numbers, value))
+    return isinstance(value, bool | int | float | np.number | np.bool_)
 
 
 def _number(value: Any) -> Any:
@@ -173,14 +205,24 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _check_dtypes(name: str, values: Sequence[Any], origins: Sequence[object]) -> None:
-    """Not uint8 images of one dataset beside another's normalised ones: the numbers do not mean the same."""
-    of_tensors = zip(values, origins, strict=True)
-    kinds = {of: value.is_floating_point() for value, of in of_tensors if of is not None and _is_tensor(value)}
-    if len(set(kinds.values())) > 1:
+    """Not uint8 images beside normalised ones, and of several datasets no whole numbers beside floats.
+
+    The numbers do not mean the same.
+    """
+    rows = [row for row, value in enumerate(values) if _is_tensor(value) and origins[row] is not None]
+    floats = [row for row in rows if values[row].is_floating_point()]
+    whole = [row for row in rows if not values[row].is_floating_point()]
+    if not floats or not whole:
+        return
+    odd = next((row for row in whole if values[row].dtype == torch.uint8), None)
+    if odd is None and len({origins[row] for row in rows}) > 1:
+        odd = whole[0]
+    if odd is not None:
         raise _no_batch(
             name,
-            "the datasets in the batch have it as floats and as whole numbers. Give them the same config "
-            f"(image_dtype), or another name: keys={{{name!r}: …}}",
+            f"samples of the batch have it as floats and as whole numbers ({floats[0]}: {values[floats[0]].dtype}, "
+            f"{odd}: {values[odd].dtype}). Give their datasets the same config (image_dtype), or another name: "
+            f"keys={{{name!r}: …}}",
         )
 
 

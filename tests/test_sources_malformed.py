@@ -105,3 +105,15 @@ def test_files_without_a_byte_are_an_empty_dataset(tmp_path, is_downloaded):
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(EmptyDatasetError, match="empty"):
         read_all(tmp_path, is_downloaded=is_downloaded)
+
+
+@pytest.mark.parametrize(("name", "other"), [("x[12]", "x1"), ("y?", "y1"), ("run*", "run-old")])
+def test_a_path_that_looks_like_a_pattern_is_a_path(tmp_path, name, other):
+    for text in (name, other):
+        (tmp_path / text).mkdir()
+        for path in (tmp_path / f"{text}.jsonl", tmp_path / text / "train.jsonl"):
+            path.write_text(json.dumps({"text": text}) + "\n")
+    assert read_all(tmp_path / f"{name}.jsonl") == [{"text": name}]
+    assert read_all(tmp_path / name / "train.jsonl") == [{"text": name}]
+    with pytest.raises(SourceError, match=r"takes this folder's path for a pattern.*Rename the folder"):
+        read_all(tmp_path / name)

@@ -7,6 +7,7 @@ tokens out of messages. Supervisor, and prefetchers that stream; imports ``datas
 from __future__ import annotations
 
 import difflib
+import glob
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,13 +87,20 @@ def resolve_builder(request: SourceRequest, revision: str | None = None, root: s
         name = root
         load.pop("revision", None)
     path = Path(name).expanduser()
+    with translated(request, "find"):
+        if path.is_file():
+            builder, options = _builder_of_file(path)
+            # What is given is a path, and what `datasets` takes is a pattern.
+            name, load = builder, options | load | {"data_files": [glob.escape(str(path.resolve()))]}
+        elif path.is_dir():
+            name = str(path)
+        with walked_once():
+            found = datasets.load_dataset_builder(name, **load)
     if path.is_file():
-        builder, options = _builder_of_file(path)
-        name, load = builder, options | load | {"data_files": [str(path.resolve())]}
-    elif path.is_dir():
-        name = str(path)
-    with translated(request, "find"), walked_once():
-        return datasets.load_dataset_builder(name, **load)
+        _check_file(request, found, path.resolve())
+    elif path.is_dir() and glob.has_magic(str(path.resolve())) and "data_files" not in load:
+        _check_folder(request, found, path.resolve())
+    return found
 
 
 def split_names(builder: Any) -> tuple[str, ...]:
@@ -271,6 +279,34 @@ def _not_found(request: SourceRequest, name: str, detail: str) -> DatasetNotFoun
         f"There is no dataset {name!r}: {', and '.join(places)}.{hint} ({detail})",
         dataset=name,
     )
+
+
+def _check_file(request: SourceRequest, builder: Any, path: Path) -> None:
+    """Raise unless ``builder`` reads ``path`` alone."""
+    found = _local_files(builder)
+    if found != [str(path)]:
+        raise SourceError(
+            f"{source_name(request)}: datasets takes {str(path)!r} for {found or 'no file'}. Rename the file: its path "
+            "must not look like a pattern or an URL.",
+            dataset=source_name(request),
+        )
+
+
+def _check_folder(request: SourceRequest, builder: Any, root: Path) -> None:
+    """Raise if ``builder`` reads files that are not below ``root``, whose path it took for a pattern."""
+    strays = [file for file in _local_files(builder) if not Path(file).is_relative_to(root)]
+    if strays:
+        raise SourceError(
+            f"{source_name(request)}: datasets takes this folder's path for a pattern, and would read files of other "
+            f"folders: {strays[0]!r}. Rename the folder: no *, ? or [ in its path.",
+            dataset=source_name(request),
+        )
+
+
+def _local_files(builder: Any) -> list[str]:
+    """The files that ``builder`` reads, of all splits; of one in an archive, the archive."""
+    files = [str(file) for some in (builder.config.data_files or {}).values() for file in some]
+    return list(dict.fromkeys(file.rsplit("::", 1)[-1] for file in files if "://" not in file.rsplit("::", 1)[-1]))
 
 
 def _builder_of_file(path: Path) -> tuple[str, dict[str, Any]]:

@@ -7,9 +7,11 @@ tokens out of messages. Supervisor, and prefetchers that stream; imports ``datas
 from __future__ import annotations
 
 import difflib
+import errno
 import glob
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +103,20 @@ def resolve_builder(request: SourceRequest, revision: str | None = None, root: s
     elif path.is_dir() and glob.has_magic(str(path.resolve())) and "data_files" not in load:
         _check_folder(request, found, path.resolve())
     return found
+
+
+def check_name(request: SourceRequest) -> None:
+    """Raise if the dataset's name cannot even be looked for: too long, below a folder that is not ours, …"""
+    if not isinstance(request.dataset, (str, os.PathLike)):
+        return
+    name = source_name(request)
+    try:
+        Path(name).expanduser().exists()
+    except OSError as error:
+        # A name may hold a whole file by mistake.
+        shown = name if len(name) <= 100 else f"{name[:60]}…{name[-20:]}"
+        kind = DatasetNotFoundError if error.errno == errno.ENAMETOOLONG else SourceError
+        raise kind(f"Cannot find {shown!r}: {error.strerror}. Check dataset_name=.", dataset=name) from error
 
 
 def split_names(builder: Any) -> tuple[str, ...]:
@@ -264,6 +280,12 @@ def _why_empty(request: SourceRequest, error: Exception, kinds: set[str], detail
 
 def _not_found(request: SourceRequest, name: str, detail: str) -> DatasetNotFoundError:
     path = Path(name).expanduser()
+    if "::" in name:
+        return DatasetNotFoundError(
+            f"There is no dataset {name!r}: chained paths ('zip://…::…') are not supported, nor are paths with '::' in "
+            f"them. Give the archive itself, or what is in it unpacked. ({detail})",
+            dataset=name,
+        )
     places = [f"no local folder or file {str(path.absolute())!r}"]
     if not path.is_absolute() and name.count("/") <= 1 and not name.startswith("."):
         from huggingface_hub import constants
@@ -315,7 +337,16 @@ def _builder_of_file(path: Path) -> tuple[str, dict[str, Any]]:
     from datasets.packaged_modules import _EXTENSION_TO_MODULE
 
     if path.suffix.lower() == ".zip":
-        module, options = infer_module_for_data_files_list(DataFilesList([str(path.resolve())], [()]))
+        try:
+            module, options = infer_module_for_data_files_list(DataFilesList([str(path.resolve())], [()]))
+        except zipfile.BadZipFile as error:
+            raise ReadError(
+                f"{str(path)!r} is no ZIP archive, or a damaged one: {error}. Copy it anew.",
+                dataset=str(path),
+                shard=str(path),
+                first_row=None,
+                num_rows=None,
+            ) from error
         if module is not None:
             return str(module), dict(options)
     suffixes = [s for s in path.suffixes if s.lower() not in _COMPRESSION]

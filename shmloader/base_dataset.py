@@ -56,11 +56,11 @@ class SharedDataset:
         seed: int,
     ) -> None:
         """Check the arguments and open the set; once, in the constructor."""
-        if request.dataset is None:
+        if request.dataset is None or (isinstance(request.dataset, str) and not request.dataset.strip()):
             raise OptionError(
                 "dataset_name= is needed: a Hub id, a local folder or file, or a loaded `datasets` object",
                 name="dataset_name",
-                value="None",
+                value=repr(request.dataset),
                 allowed="a dataset",
             )
         if tokenizer is not None:

@@ -179,6 +179,26 @@ def test_rows_of_a_generator_may_lack_values_and_columns():
     assert rows[:2] == [{"text": None, "n": 0}, {"text": "0-1", "n": None}]
 
 
+def test_a_column_that_the_first_row_of_a_generator_lacks_is_there():
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from ({"text": f"t{i}"} | ({"label": i} if i else {}) for i in range(70))
+
+    found = given(IterableDataset.from_generator(rows))
+    assert found == [{"text": f"t{i}", "label": i or None} for i in range(70)]
+
+
+def test_a_column_that_comes_after_the_first_rows_is_an_error_unless_features_leave_it_out():
+    def rows() -> Iterator[dict[str, Any]]:
+        yield from ({"text": f"t{i}"} | ({"late": i} if i >= 90 else {}) for i in range(100))
+
+    with pytest.raises(ReadError, match=r"rows 64 to 99 of the stream: row 90: .*'late' .*Give the features"):
+        given(IterableDataset.from_generator(rows))
+    told = IterableDataset.from_generator(rows, features=Features(text=Value("string")))
+    assert given(told) == list(told)
+    chosen = IterableDataset.from_generator(rows).select_columns(["text"])
+    assert given(chosen) == list(told)
+
+
 def test_a_later_row_of_another_type_is_an_error_that_names_row_and_column():
     def rows() -> Iterator[dict[str, Any]]:
         yield from ({"text": "a", "n": i if i != 100 else [i]} for i in range(150))

@@ -14,7 +14,8 @@ import datasets
 import pytest
 from support_hub import json_rows
 
-from shmloader.errors import EmptyDatasetError, ReadError, SourceError
+from shmloader import ShmMultimodalDataset
+from shmloader.errors import DatasetNotFoundError, EmptyDatasetError, OptionError, ReadError, SourceError
 from shmloader.sources import make_plan, open_reader
 from shmloader.sources.base import SourceRequest
 
@@ -105,3 +106,41 @@ def test_files_without_a_byte_are_an_empty_dataset(tmp_path, is_downloaded):
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(EmptyDatasetError, match="empty"):
         read_all(tmp_path, is_downloaded=is_downloaded)
+
+
+@pytest.mark.parametrize(("name", "other"), [("x[12]", "x1"), ("y?", "y1"), ("run*", "run-old")])
+def test_a_path_that_looks_like_a_pattern_is_a_path(tmp_path, name, other):
+    for text in (name, other):
+        (tmp_path / text).mkdir()
+        for path in (tmp_path / f"{text}.jsonl", tmp_path / text / "train.jsonl"):
+            path.write_text(json.dumps({"text": text}) + "\n")
+    assert read_all(tmp_path / f"{name}.jsonl") == [{"text": name}]
+    assert read_all(tmp_path / name / "train.jsonl") == [{"text": name}]
+    with pytest.raises(SourceError, match=r"takes this folder's path for a pattern.*Rename the folder"):
+        read_all(tmp_path / name)
+
+
+def test_a_damaged_zip_is_a_read_error_that_names_it(tmp_path):
+    path = tmp_path / "train.zip"
+    path.write_bytes(b"PK\3\4 and nothing more")
+    with pytest.raises(ReadError, match=r"train\.zip' is no ZIP archive, or a damaged one") as info:
+        read_all(path)
+    assert info.value.shard == str(path)
+
+
+def test_a_name_too_long_for_a_file_is_no_dataset():
+    with pytest.raises(DatasetNotFoundError, match=r"Cannot find 'x{60}…x{20}': File name too long"):
+        make_plan(SourceRequest("x" * 300, "train"))
+
+
+@pytest.mark.parametrize("name", [None, "", "  "])
+def test_no_name_is_an_option_error(name):
+    with pytest.raises(OptionError, match="dataset_name= is needed"):
+        ShmMultimodalDataset(dataset_name=name)
+
+
+@pytest.mark.parametrize("name", ["zip://a.jsonl::rows.zip", "x::y.jsonl"])
+def test_a_chained_path_is_an_error_that_says_so(tmp_path, name):
+    (tmp_path / "x::y.jsonl").write_text(LINES)
+    with pytest.raises(DatasetNotFoundError, match=r"chained paths .* are not supported"):
+        make_plan(SourceRequest(name if name.startswith("zip") else str(tmp_path / name), "train"))

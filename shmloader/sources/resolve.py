@@ -7,8 +7,11 @@ tokens out of messages. Supervisor, and prefetchers that stream; imports ``datas
 from __future__ import annotations
 
 import difflib
+import errno
+import glob
 import os
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,13 +89,34 @@ def resolve_builder(request: SourceRequest, revision: str | None = None, root: s
         name = root
         load.pop("revision", None)
     path = Path(name).expanduser()
+    with translated(request, "find"):
+        if path.is_file():
+            builder, options = _builder_of_file(path)
+            # What is given is a path, and what `datasets` takes is a pattern.
+            name, load = builder, options | load | {"data_files": [glob.escape(str(path.resolve()))]}
+        elif path.is_dir():
+            name = str(path)
+        with walked_once():
+            found = datasets.load_dataset_builder(name, **load)
     if path.is_file():
-        builder, options = _builder_of_file(path)
-        name, load = builder, options | load | {"data_files": [str(path.resolve())]}
-    elif path.is_dir():
-        name = str(path)
-    with translated(request, "find"), walked_once():
-        return datasets.load_dataset_builder(name, **load)
+        _check_file(request, found, path.resolve())
+    elif path.is_dir() and glob.has_magic(str(path.resolve())) and "data_files" not in load:
+        _check_folder(request, found, path.resolve())
+    return found
+
+
+def check_name(request: SourceRequest) -> None:
+    """Raise if the dataset's name cannot even be looked for: too long, below a folder that is not ours, …"""
+    if not isinstance(request.dataset, (str, os.PathLike)):
+        return
+    name = source_name(request)
+    try:
+        Path(name).expanduser().exists()
+    except OSError as error:
+        # A name may hold a whole file by mistake.
+        shown = name if len(name) <= 100 else f"{name[:60]}…{name[-20:]}"
+        kind = DatasetNotFoundError if error.errno == errno.ENAMETOOLONG else SourceError
+        raise kind(f"Cannot find {shown!r}: {error.strerror}. Check dataset_name=.", dataset=name) from error
 
 
 def split_names(builder: Any) -> tuple[str, ...]:
@@ -256,6 +280,12 @@ def _why_empty(request: SourceRequest, error: Exception, kinds: set[str], detail
 
 def _not_found(request: SourceRequest, name: str, detail: str) -> DatasetNotFoundError:
     path = Path(name).expanduser()
+    if "::" in name:
+        return DatasetNotFoundError(
+            f"There is no dataset {name!r}: chained paths ('zip://…::…') are not supported, nor are paths with '::' in "
+            f"them. Give the archive itself, or what is in it unpacked. ({detail})",
+            dataset=name,
+        )
     places = [f"no local folder or file {str(path.absolute())!r}"]
     if not path.is_absolute() and name.count("/") <= 1 and not name.startswith("."):
         from huggingface_hub import constants
@@ -273,13 +303,50 @@ def _not_found(request: SourceRequest, name: str, detail: str) -> DatasetNotFoun
     )
 
 
+def _check_file(request: SourceRequest, builder: Any, path: Path) -> None:
+    """Raise unless ``builder`` reads ``path`` alone."""
+    found = _local_files(builder)
+    if found != [str(path)]:
+        raise SourceError(
+            f"{source_name(request)}: datasets takes {str(path)!r} for {found or 'no file'}. Rename the file: its path "
+            "must not look like a pattern or an URL.",
+            dataset=source_name(request),
+        )
+
+
+def _check_folder(request: SourceRequest, builder: Any, root: Path) -> None:
+    """Raise if ``builder`` reads files that are not below ``root``, whose path it took for a pattern."""
+    strays = [file for file in _local_files(builder) if not Path(file).is_relative_to(root)]
+    if strays:
+        raise SourceError(
+            f"{source_name(request)}: datasets takes this folder's path for a pattern, and would read files of other "
+            f"folders: {strays[0]!r}. Rename the folder: no *, ? or [ in its path.",
+            dataset=source_name(request),
+        )
+
+
+def _local_files(builder: Any) -> list[str]:
+    """The files that ``builder`` reads, of all splits; of one in an archive, the archive."""
+    files = [str(file) for some in (builder.config.data_files or {}).values() for file in some]
+    return list(dict.fromkeys(file.rsplit("::", 1)[-1] for file in files if "://" not in file.rsplit("::", 1)[-1]))
+
+
 def _builder_of_file(path: Path) -> tuple[str, dict[str, Any]]:
     from datasets.data_files import DataFilesList
     from datasets.load import infer_module_for_data_files_list
     from datasets.packaged_modules import _EXTENSION_TO_MODULE
 
     if path.suffix.lower() == ".zip":
-        module, options = infer_module_for_data_files_list(DataFilesList([str(path.resolve())], [()]))
+        try:
+            module, options = infer_module_for_data_files_list(DataFilesList([str(path.resolve())], [()]))
+        except zipfile.BadZipFile as error:
+            raise ReadError(
+                f"{str(path)!r} is no ZIP archive, or a damaged one: {error}. Copy it anew.",
+                dataset=str(path),
+                shard=str(path),
+                first_row=None,
+                num_rows=None,
+            ) from error
         if module is not None:
             return str(module), dict(options)
     suffixes = [s for s in path.suffixes if s.lower() not in _COMPRESSION]

@@ -45,8 +45,9 @@ def features_of(request: SourceRequest, stream: Any) -> Any:
     rows = list(stream.with_format(None).take(_INFER_ROWS))
     if not rows:
         raise empty_dataset(request)
+    names = dict.fromkeys(name for row in rows for name in row)  # from_list would take those of the first row alone
     try:
-        return Dataset.from_list(rows).features
+        return Dataset.from_dict({name: [row.get(name) for row in rows] for name in names}).features
     except (pa.ArrowException, TypeError, ValueError) as error:
         raise SourceError(
             f"{source_name(request)}: its columns cannot be told from its first {len(rows)} rows: {_misfit(rows)}"

@@ -37,6 +37,8 @@ class StreamTables:
             # This undoes the decoding step that `datasets` adds to media of a Hub only if it is the last step.
             stream = stream.decode(False)
         self._features, self._schema = features, plain_schema(features.arrow_schema, columns)
+        # What features leave out, `datasets` drops; where they are only inferred, nobody asked for that.
+        self._known = None if stream.features is not None else frozenset(features)
         self._num_rows = num_rows
         self._num_taken = 0
         self._last: Mapping[str, Any] = {}
@@ -94,6 +96,13 @@ class StreamTables:
                 return
 
     def _table(self, rows: Sequence[Mapping[str, Any]]) -> pa.Table:
+        if self._known is not None:
+            unknown = next((name for row in rows for name in row if name not in self._known), None)
+            if unknown is not None:
+                raise ValueError(
+                    f"the column {unknown!r} is in none of the first rows, from which the columns are told. Give the "
+                    "features (IterableDataset.cast, features= of map or from_generator), or select_columns without it"
+                )
         return pa.Table.from_arrays([self._array(rows, field) for field in self._schema], schema=self._schema)
 
     def _array(self, rows: Sequence[Mapping[str, Any]], field: pa.Field) -> pa.Array:

@@ -250,13 +250,44 @@ def test_stray_bytes_behind_a_wav_and_a_missing_pad_byte_do_no_harm():
 
 
 def test_an_mp3_without_a_header_of_its_length_and_one_behind_a_picture_are_read():
-    data = encoded(sound(2), kind="MP3")
+    data = encoded(sound(2), kind="MP3", bitrate_mode="CONSTANT", compression_level=0.5)
     bare = data[data.index(data[:2], 10) :]
     tag = b"ID3\x03\0\0" + bytes([0, 0, 40, 0]) + bytes(40 << 7)
     for one in (bare, tag + bare, tag + data, data + b"TAG" + bytes(125)):
         np.testing.assert_array_equal(decode_audio(one), reference(one))
-    with pytest.raises(DecodeError, match=r"truncated: its header tells \d+ frames"):
+    with pytest.raises(DecodeError, match=r"truncated or damaged: its header tells \d+ frames"):
         decode_audio(tag + data[: len(data) // 2])
+
+
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_an_mp3_whose_length_was_guessed_too_short_is_an_error_unless_what_is_asked_for_is_there(rate, tmp_path):
+    data = encoded(sound(4, rate), rate, "MP3", bitrate_mode="VARIABLE", compression_level=0.3)
+    bare = data[data.index(data[:2], 10) :]
+    tagged = b"ID3\x03\0\0" + bytes([0, 0, 40, 0]) + bytes(40 << 7) + bare + b"TAG" + bytes(125)
+    assert len(reference(bare)) < 50000
+    (tmp_path / "clip").write_bytes(bare)
+    for value in (bare, tagged, {"path": str(tmp_path / "clip")}):
+        for num_samples in (None, 70000):
+            with pytest.raises(DecodeError, match=r"MP3 whose header does not tell its length.*bytes are left: encode"):
+                decode_audio(value, num_samples=num_samples)
+        np.testing.assert_array_equal(decode_audio(value, num_samples=2000), reference(bare, 2000))
+
+
+def test_an_mp3_whose_header_leaves_out_how_many_frames_there_are_is_read_as_one_without():
+    data = bytearray(encoded(sound(2), kind="MP3", bitrate_mode="VARIABLE", compression_level=0.3))
+    data[data.index(b"Xing") + 7] &= 0xFE
+    with pytest.raises(DecodeError, match="does not tell its length"):
+        decode_audio(bytes(data))
+
+
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_a_damaged_page_in_the_middle_is_an_error(subtype, share):
+    data = bytearray(encoded(sound(20), kind="OGG", subtype=subtype))
+    at = int(len(data) * share)
+    data[at : at + 300] = rng.bytes(300)
+    with pytest.raises(DecodeError, match=r"truncated or damaged: its header tells 320000 frames"):
+        decode_audio(bytes(data))
 
 
 def test_a_clip_without_samples_is_an_error():
@@ -280,14 +311,16 @@ def test_samples_beyond_full_scale_stay_as_they_are():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_bytes_are_never_more_than_an_error(seed, capfd):
-    """Whatever a flipped bit makes of a file, the process goes on and no callback prints a traceback."""
+    """Whatever flipped bits make of a file, no samples are lost in silence and no callback prints a traceback."""
     flips = np.random.default_rng(seed)
     for kind in ("WAV", "FLAC", "OGG", "MP3", "AIFF"):
-        data = bytearray(encoded(sound(0.5, channels=2), kind=kind))
-        for at in flips.integers(0, 200, 3):
-            data[at] ^= 1 << flips.integers(0, 8)
-        with contextlib.suppress(DecodeError):
-            assert decode_audio(bytes(data), num_samples=1000).shape == (1000,)
+        for most, num_samples in ((200, 1000), (None, None)):
+            data = bytearray(encoded(sound(0.5, channels=2), kind=kind))
+            for at in flips.integers(0, most or len(data), 3):
+                data[at] ^= 1 << flips.integers(0, 8)
+            with contextlib.suppress(DecodeError):
+                samples = decode_audio(bytes(data), num_samples=num_samples)
+                np.testing.assert_array_equal(samples, reference(bytes(data), num_samples))
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -19,6 +19,12 @@ from shmloader.processors.encoded import Encoded, unreadable
 _BLOCK_VALUES = 1 << 22
 """Most samples, of all channels, that are read at once: room is not made for what a damaged header tells."""
 
+_XING_FRAMES = re.compile(rb"(?:Xing|Info)...[\x01\x03\x05\x07\x09\x0b\x0d\x0f]", re.DOTALL)
+"""In the first frame of an MP3: the header that tells how many there are. Source: LAME, VbrTag.h, FRAMES_FLAG."""
+
+_MP3_FRAME = re.compile(rb"\xff[\xe2-\xff][\0-\xef]")
+"""How a frame begins. Source: ISO 11172-3, section 2.4.1.3."""
+
 _HEAD_BYTES = 4096
 _MOST_PAGE_BYTES = 27 + 255 + 255 * 255
 """Of a page of OGG. Source: RFC 3533, section 6."""
@@ -47,12 +53,17 @@ def read_sound(
             raise DecodeError("the audio has no bytes")
         _refuse_foreign(head)
         _check_last_page(head, file)
-        tells_frames = _tells_frames(head, file)
+        header = _mp3_header(head, file)
         file.seek(0)
         try:
             with soundfile.SoundFile(file if data is not None else file.fileno(), closefd=False) as sound:
                 _check_told(sound.extra_info)
-                return _frames(sound, needed(sound.samplerate), tells_frames), sound.samplerate
+                is_guess = sound.format == "MP3" and not _XING_FRAMES.search(header)
+                wanted = needed(sound.samplerate)
+                frames = _frames(sound, wanted, not is_guess)
+                if is_guess and (wanted is None or len(frames) < wanted):
+                    _check_rest(file, header, sound.frames, len(frames))
+                return frames, sound.samplerate
         except DecodeError:
             raise
         except soundfile.LibsndfileError as error:
@@ -121,28 +132,42 @@ def _frames(
     parts: list[np.ndarray[Any, np.dtype[np.float32]]] = []
     have = 0
     while have < wanted:
-        part = sound.read(min(block, wanted - have), dtype="float32", always_2d=True)
-        if not len(part):
+        asked = min(block, wanted - have)
+        parts.append(sound.read(asked, dtype="float32", always_2d=True))
+        have += len(parts[-1])
+        if len(parts[-1]) < asked:  # what is read behind a damaged part is from elsewhere in the clip
             break
-        parts.append(part)
-        have += len(part)
     if have < wanted and tells_frames:
-        raise DecodeError(f"the audio is truncated: its header tells {told} frames, {have} are there")
+        raise DecodeError(f"the audio is truncated or damaged: its header tells {told} frames, {have} are there")
     if not have:
         raise DecodeError("the audio has no samples")
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _tells_frames(head: bytes, file: Any) -> bool:
-    """Is the number of frames that libsndfile tells known; of an MP3 without a Xing header it is a guess."""
+def _mp3_header(head: bytes, file: Any) -> bytes:
+    """The first frame of an MP3, or a part of it; of another kind of file some bytes."""
     start = 0
-    if head[:3] == b"ID3":  # as long as it says, in 7 bits a byte; a picture may be in it
-        start = 10 + sum((byte & 0x7F) << 7 * i for i, byte in enumerate(reversed(head[6:10])))
-    elif not (head[0] == 0xFF and head[1:2] >= b"\xe0"):
-        return True
-    file.seek(start)
-    first = file.read(256)
-    return b"Xing" in first or b"Info" in first
+    while head[:3] == b"ID3" and len(head) >= 10:  # as long as it says, in 7 bits a byte; a picture may be in it
+        start += 10 + sum((byte & 0x7F) << 7 * i for i, byte in enumerate(reversed(head[6:10])))
+        file.seek(start)
+        head = file.read(_HEAD_BYTES)
+    return head[:256]
+
+
+def _check_rest(file: Any, header: bytes, told: int, have: int) -> None:
+    """Raise if frames of an MP3 are left that were not decoded: libsndfile reads no more than it guessed there are.
+
+    header: its first frame, which has the version, layer and rate of all. What is left may also be tags.
+    """
+    rest = b"".join(iter(lambda: file.read(1 << 20), b""))
+    frames = (rest[found.start() : found.end()] for found in _MP3_FRAME.finditer(rest))
+    if any(frame[:2] == header[:2] and (frame[2] ^ header[2]) & 0x0C == 0 for frame in frames):
+        raise DecodeError(
+            f"the audio is an MP3 whose header does not tell its length: libsndfile guessed {told} frames, of which "
+            f"{have} were decoded, but {len(rest)} bytes are left: encode it anew (with a Xing header, as ffmpeg and "
+            "lame write by themselves), or decode it with process=",
+            format="MP3",
+        )
 
 
 def _check_told(log: str) -> None:

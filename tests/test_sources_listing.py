@@ -8,6 +8,7 @@ import os
 import random
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from support_files import json_lines, png, read_rows, rows_of, wav, with_files, 
 from support_parquet import DATA, read_file, run
 
 from shmloader import MultimodalConfig
-from shmloader.errors import DecodeError, EmptyDatasetError, SourceError
+from shmloader.errors import DecodeError, EmptyDatasetError, ReadError, SourceError
 from shmloader.prefetch.plan import SetPlan, read_plan, write_plan
 from shmloader.prefetch.plan_file import read_parts
 from shmloader.sources import make_plan, open_reader
 from shmloader.sources.base import SourcePlan, SourceRequest
-from shmloader.sources.listing import Listing, path_of
+from shmloader.sources.listing import Listing, path_of, write_listing
 from shmloader.sources.media_files import MEDIA_TYPE, MediaFiles, paths_of, with_bytes
 from shmloader.sources.rows import KEPT_TABLE_BYTES
 
@@ -346,3 +347,37 @@ def test_a_hub_that_cannot_be_reached_is_a_read_error_that_names_the_file(hub, t
     told = (tmp_path / "error").read_text()
     assert "cannot read the files of rows 0 to 4" in told
     assert "/train/cat/0001.png" in told
+
+
+class Refused(Exception):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the server says {status}")
+        self.status = status
+
+
+def remote_rows(monkeypatch: pytest.MonkeyPatch, folder: Path, status: int) -> tuple[SourceRequest, SourcePlan]:
+    """The plan of three local files whose second one is now on a server, which answers with ``status``."""
+
+    def refuse(_: MediaFiles, path: str) -> bytes:
+        raise Refused(status)
+
+    monkeypatch.setattr(MediaFiles, "_other", refuse)
+    request = SourceRequest(str(write_tree(folder, {f"train/{i}.png": png(i) for i in range(3)})), "train")
+    plan = make_plan(request)
+    rows = Listing(plan.listing).rows(0, 3)
+    paths = [row["path"] for row in rows.column("image").to_pylist()]
+    paths[1] = "https://example.org/1.png"
+    column = pa.array([{"bytes": None, "path": path} for path in paths], rows.schema.field("image").type)
+    rows = rows.set_column(rows.schema.get_field_index("image"), rows.schema.field("image"), column)
+    return request, replace(plan, listing=write_listing([rows], rows.schema, ["image"]))
+
+
+def test_a_file_that_a_server_refuses_costs_its_row_alone(monkeypatch, tmp_path):
+    rows = [row["image"] for row in read_rows(*remote_rows(monkeypatch, tmp_path / "d", 403))]
+    assert [row["bytes"] for row in rows] == [png(0), None, png(2)]
+
+
+def test_the_error_of_a_server_names_the_file_that_failed(monkeypatch, tmp_path):
+    with pytest.raises(ReadError, match=r"rows 0 to 2, among them https://example\.org/1\.png: Refused.* 500") as info:
+        read_rows(*remote_rows(monkeypatch, tmp_path / "d", 500))
+    assert info.value.shard == "https://example.org/1.png"

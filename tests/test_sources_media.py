@@ -79,9 +79,18 @@ def test_a_file_in_an_archive_is_read(tmp_path):
     assert batch.column("it").to_pylist()[0]["bytes"] == b"pixels"
 
 
-def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(OSError, match=f"cannot read the file '{tmp_path}'.*IsADirectoryError"):
-        embed_media(pa.record_batch({"it": named(tmp_path)}), Features(it=Image()), REQUEST)
+def test_a_local_file_that_cannot_be_read_costs_its_row_alone(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"pixels")
+    batch = embed_media(pa.record_batch({"it": named(tmp_path, tmp_path / "a.png")}), Features(it=Image()), REQUEST)
+    rows = batch.column("it").to_pylist()
+    assert rows == [{"bytes": None, "path": str(tmp_path)}, {"bytes": b"pixels", "path": "a.png"}]
+
+
+def test_a_file_in_a_damaged_archive_is_named(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"no archive")
+    path = f"zip://a.png::{tmp_path / 'a.zip'}"
+    with pytest.raises(OSError, match=r"cannot read the file 'zip://a\.png::.*BadZipFile"):
+        embed_media(pa.record_batch({"it": named(path)}), Features(it=Image()), REQUEST)
 
 
 def test_files_that_are_not_local_are_read_several_at_once(monkeypatch):

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError
 from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
-from shmloader.sources.media_files import MediaFiles, paths_of, with_bytes
+from shmloader.sources.media_files import FileFailure, MediaFiles, paths_of, with_bytes
 from shmloader.sources.resolve import has_secret, without_secrets
 from shmloader.sources.rows import one_batch
 
@@ -78,23 +78,27 @@ class ListingReader:
         except (ShmloaderError, MemoryError):
             raise
         except Exception as error:
-            failure = self._read_error(chunk, error)
-            if has_secret(self._request, str(error)):
+            path, cause = (error.path, error.__cause__ or error) if isinstance(error, FileFailure) else (None, error)
+            failure = self._read_error(chunk, path, cause)
+            if has_secret(self._request, str(cause)):
                 raise failure from None
-            raise failure from error
+            raise failure from cause
         yield chunk.first_row, batch
 
     def close(self) -> None:
         """End its threads."""
         self._files.close()
 
-    def _read_error(self, chunk: Chunk, error: Exception) -> ReadError:
+    def _read_error(self, chunk: Chunk, path: str | None, error: BaseException) -> ReadError:
+        """path: the file that was not read; None: it is not about one."""
         last = chunk.first_row + chunk.num_rows - 1
-        file = (self._listing.paths(chunk.first_row) or ["?"])[0]
+        file = path or (self._listing.paths(chunk.first_row) or ["?"])[0]
+        where = f"from {file} on" if path is None else f"among them {file}"
+        file, where = (without_secrets(self._request, text) for text in (file, where))
         why = without_secrets(self._request, f"{type(error).__name__}: {error}")
         return ReadError(
             f"{self._plan.name}, split {self._plan.split!r}: cannot read the files of rows {chunk.first_row} to "
-            f"{last}, from {file} on: {why}. Check the connection, or have them here before: use_streaming=False.",
+            f"{last}, {where}: {why}. Check the connection, or have them here before: use_streaming=False.",
             dataset=self._plan.name,
             shard=file,
             first_row=chunk.first_row,

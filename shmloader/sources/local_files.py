@@ -18,12 +18,7 @@ def walked_once() -> Iterator[None]:
     fs = fsspec.filesystem("file")  # fsspec keeps one of them, so that it is the one of `datasets`
     find = fs.find
     found: dict[tuple[str, Any], dict[str, dict[str, Any]]] = {}
-    kinds: dict[tuple[str, bool], dict[str, Any]] = {}
-
-    def lean(info: dict[str, Any]) -> dict[str, Any]:
-        """What a glob asks of a file; one for all of a kind."""
-        kind = (info["type"], bool(info.get("islink")))
-        return kinds.setdefault(kind, {"type": kind[0], "islink": kind[1]})
+    kinds: dict[tuple[str, bool], dict[str, Any]] = {}  # what a glob asks of a file; one for all of a kind
 
     def find_once(path: str, maxdepth: int | None = None, withdirs: bool = False, **options: Any) -> Any:
         if not withdirs or options != {"detail": True}:

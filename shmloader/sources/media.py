@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ import pyarrow.compute as pc
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.rows import MEDIA_TYPE
 
+log = logging.getLogger("shmloader.sources")
+
 #: Features that are stored as `MEDIA_TYPE`.
 MEDIA_FEATURES = ("Image", "Audio")
 #: Files of a Hub that are read at once: reading one is mostly waiting, for a round trip or two (guessed).
@@ -25,14 +28,15 @@ def embed_media(
 ) -> pa.RecordBatch:
     """``batch`` with the bytes of every image and clip in it, also inside structs, read from its path where need be.
 
-    A file that is not there leaves its row as it is, so that only this row cannot be decoded. What is read keeps the
+    A file that is not there, or a local one that cannot be read, leaves its row as it is, so that only this row cannot
+    be decoded. What is read keeps the
     file's name as its path, as the features' own ``embed_storage`` does (that of `Audio` is not used: it may want
     torchcodec, and neither reads several files at once).
 
     touch: called after each file, in this thread.
 
     Raises:
-        OSError: a file cannot be read; names it.
+        OSError: a file that is not local, or lies in an archive, cannot be read; names it.
     """
     for index, field in enumerate(batch.schema):
         column = batch.column(index)
@@ -91,8 +95,8 @@ def _read_all(paths: Iterable[str], request: SourceRequest, touch: Callable[[], 
 
 
 def _read(path: str, config: Any) -> bytes | None:
-    """The bytes of a file; None: there is none."""
-    from datasets.utils.file_utils import xopen
+    """The bytes of a file; None: there is none, or it is a local one that cannot be read."""
+    from datasets.utils.file_utils import is_local_path, xopen
 
     try:
         with xopen(path, "rb", download_config=config) as file:
@@ -101,6 +105,9 @@ def _read(path: str, config: Any) -> bytes | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # of HTTP clients, archives and file systems of many kinds
+        if isinstance(error, OSError) and "::" not in path and is_local_path(path):
+            log.debug("%s cannot be read: %s", path, error)  # the row's own processor tells it to whoever asks for it
+            return None
         raise OSError(f"cannot read the file {path!r}: {type(error).__name__}: {error}") from error
 
 

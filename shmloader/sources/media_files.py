@@ -21,8 +21,18 @@ MEDIA_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 #: Files of a Hub that are fetched at the same time by one prefetcher: a request costs a round trip (guessed: half of
 #: what ``datasets`` takes for a process, of which there are several here).
 REMOTE_THREADS = 16
+#: HTTP: this file is not to be had. Of the Hub that would concern the whole repository, and so a token.
+_REFUSED = (401, 403, 404, 410)
 #: What Arrow's binary columns hold at most.
 _MOST_BYTES = (1 << 31) - 1
+
+
+class FileFailure(Exception):
+    """A file was not read because of what its cause (``__cause__``) says, which may concern all of them."""
+
+    def __init__(self, path: str, why: Exception) -> None:
+        super().__init__(f"{path}: {type(why).__name__}: {why}")
+        self.path = path
 
 
 class MediaFiles:
@@ -40,7 +50,7 @@ class MediaFiles:
         """The bytes of each; None: that file cannot be read (it is not there, not readable, too large).
 
         Raises:
-            OSError, …: whatever a server that cannot be reached makes its client raise.
+            FileFailure: of whatever a server that cannot be reached makes its client raise.
         """
         if not any("://" in path for path in paths):
             return [self._local(path) for path in paths]
@@ -66,7 +76,12 @@ class MediaFiles:
             return None
         except OSError as error:
             if type(error).__name__ != "RemoteEntryNotFoundError":  # of the Hub's client, which only it may import
-                raise
+                raise FileFailure(path, error) from error
+            self._tell(path, error)
+            return None
+        except Exception as error:  # of HTTP clients, archives and file systems of many kinds
+            if is_remote(path) or getattr(error, "status", None) not in _REFUSED:
+                raise FileFailure(path, error) from error
             self._tell(path, error)
             return None
         self._touch()
@@ -98,7 +113,7 @@ class MediaFiles:
             return None
         return data
 
-    def _tell(self, path: str, error: OSError) -> None:
+    def _tell(self, path: str, error: Exception) -> None:
         """The row's own processor tells it to whoever asks for the row."""
         log.debug("%s cannot be read: %s", path, error)
 

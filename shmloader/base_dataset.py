@@ -63,6 +63,7 @@ class SharedDataset:
                 value=repr(request.dataset),
                 allowed="a dataset",
             )
+        _check_columns(request.columns)
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         for name, function in (("transform", transform), ("process", process)):
@@ -281,6 +282,22 @@ class SharedDataset:
         made = Sample(result)
         made._attachment = sample._attachment  # for the padding that the schema says
         return made
+
+
+def _check_columns(columns: Any) -> None:
+    """Raise an OptionError unless ``columns`` is None or a dict, of which the planner says whether it fits."""
+    if columns is None or isinstance(columns, Mapping):
+        return
+    allowed = "a dict of role to column, or None"
+    names = list(columns) if isinstance(columns, list | tuple) else columns
+    text = names[0] if isinstance(names, list) and len(names) == 1 else names
+    example = {"text": text if isinstance(text, str) or (isinstance(text, list) and text) else "text"}
+    raise OptionError(
+        f"columns={columns!r} is not valid: it must be {allowed}, for example columns={example!r}",
+        name="columns",
+        value=repr(columns),
+        allowed=allowed,
+    )
 
 
 def _checked_size(cache_size: Any) -> int | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support_sets import number, run_script, write_numbers, write_pictures, write_table
 
-from shmloader import MultimodalConfig, Options, ShmMultimodalDataset
+from shmloader import MultimodalConfig, Options, ShmMultimodalDataset, ShmMultimodalIterableDataset
 from shmloader.errors import (
     ColumnError,
     DatasetNotFoundError,
@@ -51,6 +51,25 @@ def test_an_empty_dataset_is_an_error(tmp_path: Path) -> None:
 def test_columns_that_cannot_be_told_are_an_error_that_lists_them(tmp_path: Path) -> None:
     with pytest.raises(ColumnError, match="number"):
         make(write_numbers(tmp_path / "d", 8))
+
+
+@pytest.mark.parametrize(
+    ("columns", "example"),
+    [
+        ("text", {"text": "text"}),
+        (["caption"], {"text": "caption"}),
+        (["a", "b"], {"text": ["a", "b"]}),
+        (5, {"text": "text"}),
+        ([], {"text": "text"}),
+    ],
+)
+def test_columns_that_are_no_dict_are_an_error_that_shows_one(columns: Any, example: dict[str, Any]) -> None:
+    for kind in (ShmMultimodalDataset, ShmMultimodalIterableDataset):
+        with pytest.raises(OptionError) as caught:
+            kind(dataset_name="nowhere", columns=columns)
+        assert f"columns={example!r}" in str(caught.value)
+        assert (caught.value.name, caught.value.value) == ("columns", repr(columns))
+        assert caught.value.allowed == "a dict of role to column, or None"
 
 
 def test_an_error_of_the_constructor_has_the_traceback_of_the_service(tmp_path: Path) -> None:

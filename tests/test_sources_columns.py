@@ -218,3 +218,16 @@ def test_choice_is_reported_in_one_line_and_logged(caplog):
         _, _, notices = choose_columns(features, dataset="org/name")
     assert notices == ("org/name: image from column 'image', labels from column 'label', 3 classes",)
     assert notices[0] in caplog.text
+
+
+def test_media_that_no_sample_gets_are_told():
+    features = Features(text=STRING, pages=List(Image()), meta={"clip": List({"sound": Audio()})}, id=INT)
+    _, _, notices = choose_columns(features, dataset="d")
+    assert notices == (
+        "d: text from column 'text'",
+        "d: not used, although it holds images, audio or the like: 'pages' (List(Image)), "
+        "'meta' ({clip: List({sound: Audio})})",
+    )
+    assert len(choose_columns(Features(text=STRING, image=Image(), id=INT), dataset="d")[2]) == 1
+    unused = choose_columns(Features(text=STRING, image=Image()), {"text": "text"}, dataset="d")[2][1]
+    assert unused.endswith("'image' (Image)")

@@ -56,9 +56,10 @@ def choose_columns(
     else:
         chosen = _recognised(features, dataset)
     needed = tuple(dict.fromkeys(kinds.column_of(features, path) for role in ROLES for path in _paths(chosen, role)))
-    notice = _notice(chosen, dataset)
-    log.info(notice)
-    return chosen, needed, (notice,)
+    notices = (_notice(chosen, dataset), *_unused_notice(features, needed, dataset))
+    for notice in notices:
+        log.info(notice)
+    return chosen, needed, notices
 
 
 def cheapest(chosen: Columns, needed: Sequence[str]) -> str:
@@ -199,3 +200,12 @@ def _notice(chosen: Columns, dataset: str) -> str:
             columns = "column" if len(paths) == 1 else "columns"
             parts.append(f"{role} from {columns} {', '.join(map(repr, paths))}{classes}")
     return f"{dataset}: {', '.join(parts)}"
+
+
+def _unused_notice(features: Mapping[str, Any], needed: Sequence[str], dataset: str) -> tuple[str, ...]:
+    """That there are images or audio of which no sample has anything, be they inside other columns or in lists."""
+    unused = [name for name in features if name not in needed and kinds.has_media(features[name])]
+    if not unused:
+        return ()
+    listed = ", ".join(f"{name!r} ({describe(features[name])})" for name in unused)
+    return (f"{dataset}: not used, although it holds images, audio or the like: {listed}",)

@@ -10,6 +10,7 @@ from typing import Any
 
 _STRING_TYPES = ("string", "large_string", "string_view")
 _BINARY_TYPES = ("binary", "large_binary", "binary_view")
+_MEDIA = ("Image", "Audio", "Video", "Pdf")
 _LISTS = ("List", "LargeList", "Sequence", "list")
 
 
@@ -121,6 +122,16 @@ def is_audio(feature: Any) -> bool:
     if isinstance(feature, Mapping):
         return {"array", "sampling_rate"} <= set(feature) and _is_floats(item_of(feature["array"]))
     return kind_of(feature) == "Audio"
+
+
+def has_media(feature: Any) -> bool:
+    """Is it, or is somewhere inside it, an image, audio, video or PDF."""
+    item = item_of(feature)
+    if item is not None:
+        return has_media(item)
+    if isinstance(feature, Mapping):
+        return is_audio(feature) or any(map(has_media, feature.values()))
+    return kind_of(feature) in _MEDIA
 
 
 def _is_floats(feature: Any) -> bool:

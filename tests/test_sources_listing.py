@@ -30,12 +30,6 @@ from shmloader.sources.listing import Listing, path_of, write_listing
 from shmloader.sources.media_files import MEDIA_TYPE, MediaFiles, paths_of, with_bytes
 from shmloader.sources.rows import KEPT_TABLE_BYTES
 
-# `datasets` looks at the first rows of a metadata.csv and leaves the file to the collector of garbage.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file.*metadata.csv:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:(?s).*metadata.csv:pytest.PytestUnraisableExceptionWarning"),
-]
-
 
 @pytest.fixture(autouse=True)
 def collected() -> Iterator[None]:

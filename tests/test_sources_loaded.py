@@ -16,7 +16,6 @@ from shmloader.errors import (
     ColumnError,
     DatasetNotFoundError,
     EmptyDatasetError,
-    ReadError,
     SourceError,
     SplitNotFoundError,
 )
@@ -123,14 +122,15 @@ def test_image_whose_file_is_gone_keeps_its_path_so_that_only_its_row_is_lost(tm
     ]
 
 
-def test_image_whose_file_cannot_be_read_is_a_read_error_with_the_rows(tmp_path):
+def test_image_whose_file_cannot_be_read_keeps_its_path_so_that_only_its_row_is_lost(tmp_path):
     (tmp_path / "odd.png").mkdir()
-    dataset = Dataset.from_dict({"image": [str(tmp_path / "odd.png")]}).cast_column("image", Image())
-    request = SourceRequest(dataset, "train")
-    plan = make_plan(request)
-    with pytest.raises(ReadError, match=r"rows 0 to 0.*odd\.png") as caught:
-        list(open_reader(request, plan).read(plan.chunks[0]))
-    assert (caught.value.first_row, caught.value.num_rows) == (0, 1)
+    (tmp_path / "1.png").write_bytes(png(1))
+    paths = [str(tmp_path / "odd.png"), str(tmp_path / "1.png")]
+    dataset = Dataset.from_dict({"image": paths}).cast_column("image", Image())
+    assert read_all(SourceRequest(dataset, "train")).column("image").to_pylist() == [
+        {"bytes": None, "path": paths[0]},
+        {"bytes": png(1), "path": "1.png"},
+    ]
 
 
 def test_only_the_needed_columns_are_read():

@@ -40,7 +40,7 @@ def stored_in(scalar: Any, noun: str) -> tuple[Encoded | None, str | None]:
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def stored_of(value: Mapping[str, Any] | Encoded, noun: str) -> tuple[Encoded | None, str | None]:

@@ -154,10 +154,8 @@ def _decode_by_pillow(data: Encoded) -> tuple[Pixels, int]:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             orientation = pillow_orientation(image)
-            is_grey_16 = image.mode.startswith("I;16") or (image.mode, image.format) == (
-                "I",
-                "PPM",
-            )  # scaled to 16 bits
+            # Of a PGM "I" is scaled to 16 bits.
+            is_grey_16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
             if image.mode in ("I", "F") and not is_grey_16:
                 raise DecodeError(f"the image has 32-bit pixels (mode {image.mode}), whose range is not known")
             if is_grey_16:  # convert() would clip it to white

@@ -133,7 +133,7 @@ def test_samples_behind_the_clip_are_zero():
     assert not clip[1600:].any()
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
 def test_plain_binary_columns_are_read(kind):
     data = encoded(sound())
     np.testing.assert_array_equal(clips_of([data], kind)[0], reference(data, 4000))
@@ -379,10 +379,44 @@ def test_decode_audio_takes_what_a_row_holds_and_gives_writable_memory():
     np.testing.assert_array_equal(decode_audio(data, 8000), soxr.resample(frames[:, 0], 16000, 8000))
 
 
+@pytest.mark.parametrize("rate", [16000.0, np.int32(16000), np.float32(16000), np.array(16000)])
+def test_a_rate_may_be_a_whole_number_of_any_type(rate):
+    frames = sound(0.1)[:, 0]
+    np.testing.assert_array_equal(decode_audio({"array": frames, "sampling_rate": rate}, rate), frames)
+
+
+@pytest.mark.parametrize("rate", [16000.5, float("nan"), float("inf"), True, "16000", np.True_])
+def test_a_rate_that_is_no_whole_number_is_an_error(rate):
+    with pytest.raises(DecodeError, match="sampling_rate must be a whole number"):
+        decode_audio({"array": sound(0.1)[:, 0], "sampling_rate": rate})
+    with pytest.raises(OptionError, match="sample_rate"):
+        decode_audio(encoded(sound(0.1)), rate)
+
+
+def test_a_flac_whose_header_does_not_tell_its_length_says_why_and_what_to_do():
+    data = bytearray(encoded(sound(1), kind="FLAC"))
+    data[21] &= 0xF0
+    data[22:26] = bytes(4)  # the frames of STREAMINFO, as `flac -` leaves them
+    with pytest.raises(
+        DecodeError, match=r"a FLAC whose header does not tell its length.*pipe.*encode it anew"
+    ) as caught:
+        decode_audio(bytes(data))
+    assert caught.value.format == "FLAC"
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("subtype", ["PCM_16", "ULAW"])
+def test_a_truncated_sphere_file_is_an_error(subtype, channels):
+    data = encoded(sound(1, channels=channels), kind="NIST", subtype=subtype)
+    np.testing.assert_array_equal(decode_audio(data), reference(data))
+    with pytest.raises(DecodeError, match="truncated: its header tells 16000 frames, 15"):
+        decode_audio(data[:-100])
+
+
 def test_decode_audio_refuses_what_is_not_audio():
     with pytest.raises(DecodeError, match="but got ndarray"):
         decode_audio(np.zeros(4))
-    with pytest.raises(DecodeError, match="must hold floats"):
+    with pytest.raises(DecodeError, match=r"must hold floats.* int16 of shape \[4\]: divide by.*\(32768 where"):
         decode_audio({"array": np.zeros(4, np.int16), "sampling_rate": 16000})
     for name in ("sample_rate", "num_samples"):
         with pytest.raises(OptionError, match=name):

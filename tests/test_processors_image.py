@@ -144,14 +144,23 @@ def test_sixteen_bit_grey_keeps_its_upper_bits():
     assert decode_image(encoded(ramp, "PNG"))[..., 0].ravel().tolist() == list(range(256))
 
 
-def test_pixels_without_a_known_range_are_an_error():
-    with pytest.raises(DecodeError, match="mode F"):
-        decode_image(encoded(np.ones((4, 4), np.float32), "TIFF"))
+@pytest.mark.parametrize("most", [65535, 1023])
+def test_sixteen_bit_grey_of_a_pgm_is_scaled_by_the_maximum_it_tells(most):
+    ramp = np.linspace(0, most, 256).round().astype(">u2")
+    pixels = decode_image(b"P5\n16 16\n%d\n" % most + ramp.tobytes())
+    expected = (ramp.astype(np.float64) / most * 65535).round().astype(np.uint16) >> 8
+    np.testing.assert_array_equal(pixels.reshape(256, 3), np.repeat(expected[:, None], 3, axis=1))
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I", np.int32), ("F", np.float32)])
+def test_pixels_without_a_known_range_are_an_error(mode, dtype):
+    with pytest.raises(DecodeError, match=f"mode {mode}"):
+        decode_image(encoded(np.ones((4, 4), dtype), "TIFF"))
 
 
 def test_plain_binary_columns_are_read():
     pixels = scene(32, 32)
-    for kind in (pa.binary(), pa.large_binary()):
+    for kind in (pa.binary(), pa.large_binary(), pa.binary_view()):
         (image,) = images_of([encoded(pixels)], kind)
         np.testing.assert_array_equal(image.transpose(1, 2, 0), pixels)
 

@@ -11,6 +11,7 @@ cut, or followed by zeros. Of a long clip only as much is decoded as decides its
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -91,10 +92,8 @@ def decode_audio(
         DecodeError: there is no audio, or it is truncated, damaged, empty, of an unknown kind, or has NaN or infinity.
         OptionError: ``sample_rate`` or ``num_samples`` is no whole number from 1 up.
     """
-    for name, number in (("sample_rate", sample_rate), ("num_samples", num_samples)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            allowed = "a whole number from 1 up"
-            raise OptionError(f"{name}={number!r} must be {allowed}", name=name, value=str(number), allowed=allowed)
+    sample_rate = _checked("sample_rate", sample_rate)
+    num_samples = None if num_samples is None else _checked("num_samples", num_samples)
     if isinstance(value, Mapping) and "array" in value:
         samples = _resampled(*_of_array(value["array"], value.get("sampling_rate")), sample_rate, num_samples)
     else:
@@ -102,6 +101,25 @@ def decode_audio(
     if num_samples is not None and len(samples) < num_samples:
         samples = np.pad(samples, (0, num_samples - len(samples)))
     return samples if samples.flags.owndata and samples.flags.writeable else samples.copy()
+
+
+def _checked(name: str, number: Any) -> int:
+    found = _whole(number)
+    if found is None:
+        allowed = "a whole number from 1 up"
+        raise OptionError(f"{name}={number!r} must be {allowed}", name=name, value=str(number), allowed=allowed)
+    return found
+
+
+def _whole(number: Any) -> int | None:
+    """``number``, of any type of numbers, if it is a whole one from 1 up."""
+    if isinstance(number, float | np.floating) and float(number).is_integer():
+        number = int(number)
+    try:
+        found = 0 if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        return None
+    return found if found >= 1 else None
 
 
 def _decode_scalar(scalar: Any, num_samples: int) -> Samples:
@@ -142,7 +160,8 @@ def _decode(data: Encoded | None, path: str | None, sample_rate: int, num_sample
 
 def _of_array(array: Any, rate: Any) -> tuple[Samples, int]:
     """(frames, channels) float32, and the rate, of decoded audio."""
-    if isinstance(rate, bool) or not isinstance(rate, int) or rate < 1:
+    whole_rate = _whole(rate)
+    if whole_rate is None:
         raise DecodeError(f"the audio's sampling_rate must be a whole number from 1 up, but is {rate!r}")
     if array is None:
         raise DecodeError("the audio is null")
@@ -151,14 +170,18 @@ def _of_array(array: Any, rate: Any) -> tuple[Samples, int]:
     except (ValueError, TypeError) as error:
         raise DecodeError(f"the audio's array is none of floats: {error}") from error
     if frames.dtype.kind != "f" or frames.ndim not in (1, 2):
+        remedy = ""
+        if frames.dtype.kind == "i":
+            full_scale = -int(np.iinfo(frames.dtype).min)
+            remedy = f": divide by what is full scale ({full_scale} where all bits of {frames.dtype} are used)"
         raise DecodeError(
             "the audio's array must hold floats in one dimension, or two (channels, frames), but holds "
-            f"{frames.dtype} of shape {list(frames.shape)}"
+            f"{frames.dtype} of shape {list(frames.shape)}{remedy}"
         )
     frames = frames.astype(np.float32, copy=False)
     if not frames.size:
         raise DecodeError("the audio has no samples")
-    return (frames[:, None] if frames.ndim == 1 else frames.T), rate
+    return (frames[:, None] if frames.ndim == 1 else frames.T), whole_rate
 
 
 def _resampled(frames: Samples, rate: int, sample_rate: int, num_samples: int | None) -> Samples:

@@ -32,11 +32,15 @@ def stored_in(scalar: Any, noun: str) -> tuple[Encoded | None, str | None]:
             path = scalar["path"].as_py() if "path" in names else None
             # pyarrow's buffers are of signed bytes, which decoders refuse.
             return (None if data is None else memoryview(data).cast("B")), path or None
-    elif pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type):
+    elif _is_bytes(scalar.type):
         data = scalar.as_buffer()
         return (None if data is None else memoryview(data).cast("B")), None
     plural = "images" if noun == "image" else noun
     raise DecodeError(f"holds {scalar.type}, not encoded {plural}; name another column or give `process`")
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
 def stored_of(value: Mapping[str, Any] | Encoded, noun: str) -> tuple[Encoded | None, str | None]:

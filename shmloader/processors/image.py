@@ -100,7 +100,9 @@ def decode_image(value: Mapping[str, Any] | Encoded, size: int | None = None) ->
     16-bit grey keeps its upper 8 bits.
 
     Raises:
-        DecodeError: there is no image, or it is truncated, damaged, too large or of an unknown kind.
+        DecodeError: there is no image, or it is truncated, damaged, of an unknown kind, of 32-bit pixels (modes I and F
+            of Pillow, whose range is not known), or has more than twice ``PIL.Image.MAX_IMAGE_PIXELS``; from once on
+            Pillow warns (``DecompressionBombWarning``).
     """
     pixels = _decode(bytes_of(*stored_of(value, "image"), "image"), size)
     return pixels if pixels.flags.writeable and pixels.flags.c_contiguous else pixels.copy()
@@ -152,9 +154,11 @@ def _decode_by_pillow(data: Encoded) -> tuple[Pixels, int]:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             orientation = pillow_orientation(image)
-            if image.mode in ("I", "F"):
+            # Of a PGM "I" is scaled to 16 bits.
+            is_grey_16 = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+            if image.mode in ("I", "F") and not is_grey_16:
                 raise DecodeError(f"the image has 32-bit pixels (mode {image.mode}), whose range is not known")
-            if image.mode.startswith("I;16"):  # convert() would clip it to white
+            if is_grey_16:  # convert() would clip it to white
                 grey = (np.asarray(image) >> 8).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2), orientation
             image.info.pop("transparency", None)  # dropped in any case; of a palette's, convert() would warn

@@ -25,6 +25,12 @@ _XING_FRAMES = re.compile(rb"(?:Xing|Info)...[\x01\x03\x05\x07\x09\x0b\x0d\x0f]"
 _MP3_FRAME = re.compile(rb"\xff[\xe2-\xff][\0-\xef]")
 """How a frame begins. Source: ISO 11172-3, section 2.4.1.3."""
 
+_SPHERE_FRAMES = re.compile(rb"^sample_count -i (\d{1,18})\s*$", re.MULTILINE)
+"""In the header of NIST SPHERE: frames, of all channels the same number. Source: NIST, "SPHERE 2.6a"."""
+
+_UNKNOWN_FRAMES = (1 << 63) - 1
+"""For libsndfile, that a header does not tell them. Source: sndfile.h, SF_COUNT_MAX."""
+
 _HEAD_BYTES = 4096
 _MOST_PAGE_BYTES = 27 + 255 + 255 * 255
 """Of a page of OGG. Source: RFC 3533, section 6."""
@@ -58,6 +64,7 @@ def read_sound(
         try:
             with soundfile.SoundFile(file if data is not None else file.fileno(), closefd=False) as sound:
                 _check_told(sound.extra_info)
+                _check_frames(sound, head)
                 is_guess = sound.format == "MP3" and not _XING_FRAMES.search(header)
                 wanted = needed(sound.samplerate)
                 frames = _frames(sound, wanted, not is_guess)
@@ -178,6 +185,19 @@ def _check_told(log: str) -> None:
             raise DecodeError(f"the audio is truncated: its header tells {told} bytes, {have} are there")
     if "Seems to be a truncated file" in log:  # VOC
         raise DecodeError("the audio is truncated: its header tells more samples than there are")
+
+
+def _check_frames(sound: soundfile.SoundFile, head: bytes) -> None:
+    """Raise if there is no number of frames, or if a NIST SPHERE header tells more than there are."""
+    if sound.frames >= _UNKNOWN_FRAMES:
+        raise DecodeError(
+            f"the audio is a {sound.format} whose header does not tell its length, as encoders leave it where they "
+            "write into a pipe, and libsndfile cannot read it: encode it anew, into a file, or decode it with process=",
+            format=sound.format,
+        )
+    found = _SPHERE_FRAMES.search(head) if sound.format == "NIST" else None
+    if found and int(found[1]) > sound.frames:
+        raise DecodeError(f"the audio is truncated: its header tells {int(found[1])} frames, {sound.frames} are there")
 
 
 def _check_last_page(head: bytes, file: BinaryIO) -> None:

@@ -260,7 +260,7 @@ def test_words_are_honest_about_a_slower_loader(stand_in: type[StandIn], folders
 
 def test_clips_and_conversations_are_decoded_directly() -> None:
     """What `shmloader` makes of them, made in another way."""
-    from test_processors_audio import encoded, sound
+    from support_audio import encoded, sound
 
     from shmloader import decode_audio
 

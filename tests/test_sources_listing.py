@@ -27,8 +27,8 @@ from shmloader.prefetch.plan_file import read_parts
 from shmloader.sources import make_plan, open_reader
 from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.sources.listing import Listing, path_of, write_listing
-from shmloader.sources.media_files import MEDIA_TYPE, MediaFiles, paths_of, with_bytes
-from shmloader.sources.rows import KEPT_TABLE_BYTES
+from shmloader.sources.media_files import MediaFiles, paths_of, with_bytes
+from shmloader.sources.rows import KEPT_TABLE_BYTES, MEDIA_TYPE
 
 
 @pytest.fixture(autouse=True)

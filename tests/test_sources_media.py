@@ -11,15 +11,14 @@ import zipfile
 
 import pyarrow as pa
 import pytest
-from datasets import Audio, Features, Image, Value
+from datasets import Audio, Features, Image, List, Value
 from hub import serve
 
-from shmloader.sources import media
 from shmloader.sources.base import SourceRequest
-from shmloader.sources.media import embed_media
+from shmloader.sources.media_files import MediaFiles, embed_media
 from shmloader.sources.rows import MEDIA_TYPE
 
-REQUEST = SourceRequest("here", "train")
+FILES = MediaFiles(SourceRequest("here", "train"))
 
 
 def named(*paths):
@@ -40,7 +39,11 @@ def test_files_are_read_and_what_has_bytes_is_left(files, feature):
         [{"bytes": b"own", "path": str(files[0])}, {"bytes": None, "path": str(files[1])}, None], MEDIA_TYPE
     )
     touched = []
-    batch = embed_media(pa.record_batch({"it": column}), Features(it=feature), REQUEST, lambda: touched.append(1))
+    batch = embed_media(
+        pa.record_batch({"it": column}),
+        Features(it=feature),
+        MediaFiles(SourceRequest("here", "train"), lambda: touched.append(1)),
+    )
     assert len(touched) == 1
     assert batch.column("it").to_pylist() == [
         {"bytes": b"own", "path": str(files[0])},
@@ -51,14 +54,14 @@ def test_files_are_read_and_what_has_bytes_is_left(files, feature):
 
 def test_a_batch_that_names_no_file_is_handed_on_as_it_is():
     batch = pa.record_batch({"it": pa.array([{"bytes": b"x", "path": None}, None], MEDIA_TYPE)})
-    assert embed_media(batch, Features(it=Image()), REQUEST) is batch
+    assert embed_media(batch, Features(it=Image()), FILES) is batch
 
 
 def test_media_inside_structs_are_read_and_null_structs_stay(files):
     kind = pa.struct([("deep", pa.struct([("photo", MEDIA_TYPE)])), ("n", pa.int64())])
     rows = [{"deep": {"photo": {"bytes": None, "path": str(files[2])}}, "n": 1}, None, {"deep": None, "n": 3}]
     features = Features(it={"deep": {"photo": Image()}, "n": Value("int64")})
-    batch = embed_media(pa.record_batch({"it": pa.array([None, *rows], kind).slice(1)}), features, REQUEST)
+    batch = embed_media(pa.record_batch({"it": pa.array([None, *rows], kind).slice(1)}), features, FILES)
     found = batch.column("it").to_pylist()
     assert found[0] == {"deep": {"photo": {"bytes": bytes([2]) * 5, "path": "2.bin"}}, "n": 1}
     assert found[1] is None
@@ -68,20 +71,20 @@ def test_media_inside_structs_are_read_and_null_structs_stay(files):
 def test_other_columns_of_the_same_make_are_no_media(files):
     features = Features(it={"bytes": Value("binary"), "path": Value("string")})
     batch = pa.record_batch({"it": named(files[0])})
-    assert embed_media(batch, features, REQUEST) is batch
+    assert embed_media(batch, features, FILES) is batch
 
 
 def test_a_file_in_an_archive_is_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         archive.writestr("sub/a.png", b"pixels")
     column = named(f"zip://sub/a.png::{tmp_path / 'all.zip'}")
-    batch = embed_media(pa.record_batch({"it": column}), Features(it=Image()), REQUEST)
+    batch = embed_media(pa.record_batch({"it": column}), Features(it=Image()), FILES)
     assert batch.column("it").to_pylist()[0]["bytes"] == b"pixels"
 
 
 def test_a_local_file_that_cannot_be_read_costs_its_row_alone(tmp_path):
     (tmp_path / "a.png").write_bytes(b"pixels")
-    batch = embed_media(pa.record_batch({"it": named(tmp_path, tmp_path / "a.png")}), Features(it=Image()), REQUEST)
+    batch = embed_media(pa.record_batch({"it": named(tmp_path, tmp_path / "a.png")}), Features(it=Image()), FILES)
     rows = batch.column("it").to_pylist()
     assert rows == [{"bytes": None, "path": str(tmp_path)}, {"bytes": b"pixels", "path": "a.png"}]
 
@@ -90,19 +93,31 @@ def test_a_file_in_a_damaged_archive_is_named(tmp_path):
     (tmp_path / "a.zip").write_bytes(b"no archive")
     path = f"zip://a.png::{tmp_path / 'a.zip'}"
     with pytest.raises(OSError, match=r"cannot read the file 'zip://a\.png::.*BadZipFile"):
-        embed_media(pa.record_batch({"it": named(path)}), Features(it=Image()), REQUEST)
+        embed_media(pa.record_batch({"it": named(path)}), Features(it=Image()), FILES)
+
+
+def test_media_inside_lists_are_read(files):
+    column = pa.array([named(*files[:2]).to_pylist(), [], None, named(files[2]).to_pylist()], pa.list_(MEDIA_TYPE))
+    batch = embed_media(pa.record_batch({"it": column}), Features(it=List(Image())), FILES)
+    found = batch.column("it").to_pylist()
+    assert [None if row is None else [item["bytes"] for item in row] for row in found] == [
+        [bytes([0]) * 5, bytes([1]) * 5],
+        [],
+        None,
+        [bytes([2]) * 5],
+    ]
 
 
 def test_files_that_are_not_local_are_read_several_at_once(monkeypatch):
     together = threading.Barrier(4, timeout=30)
 
-    def read(path, config):
+    def read(self, path):
         together.wait()
         return path.encode()
 
-    monkeypatch.setattr(media, "_read", read)
-    paths = [f"hf://datasets/org/name/{i}.png" for i in range(8)]
-    batch = embed_media(pa.record_batch({"it": named(*paths)}), Features(it=Image()), REQUEST)
+    monkeypatch.setattr(MediaFiles, "_other", read)
+    paths = [f"https://somewhere/{i}.png" for i in range(8)]
+    batch = embed_media(pa.record_batch({"it": named(*paths)}), Features(it=Image()), FILES)
     assert [row["bytes"].decode() for row in batch.column("it").to_pylist()] == paths
 
 
@@ -111,11 +126,11 @@ import json, sys
 import pyarrow as pa
 from datasets import Audio, Features
 from shmloader.sources.base import SourceRequest
-from shmloader.sources.media import embed_media
+from shmloader.sources.media_files import MediaFiles, embed_media
 from shmloader.sources.rows import MEDIA_TYPE
 column = pa.array([{"bytes": None, "path": path} for path in json.loads(sys.argv[1])], MEDIA_TYPE)
 request = SourceRequest("org/name", "train", load={"token": "hf_secret"})
-batch = embed_media(pa.record_batch({"it": column}), Features(it=Audio()), request)
+batch = embed_media(pa.record_batch({"it": column}), Features(it=Audio()), MediaFiles(request))
 print(json.dumps([[row["bytes"] and row["bytes"].hex(), row["path"]] for row in batch.column("it").to_pylist()]))
 """
 

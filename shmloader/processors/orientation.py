@@ -43,6 +43,8 @@ def pillow_orientation(image: Image.Image) -> int:
     """The orientation of an image that Pillow has loaded (a TIFF it has turned itself by then); 1: as it is."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except MemoryError:
+        raise
     except Exception:  # SyntaxError, struct.error, OSError and more, of damaged EXIF beside whole pixels
         return 1
     return value if isinstance(value, int) else 1

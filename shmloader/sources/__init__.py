@@ -81,7 +81,7 @@ def open_reader(
     if plan.mode == "loaded":
         from shmloader.sources.loaded import LoadedReader
 
-        return LoadedReader(request, plan)
+        return LoadedReader(request, plan, touch)
     if plan.is_open:
         from shmloader.sources.open_stream import OpenStreamReader
 

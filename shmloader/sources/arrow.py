@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from shmloader.errors import ReadError
 from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
-from shmloader.sources.media_files import FileFailure, MediaFiles, with_bytes
+from shmloader.sources.media_files import MediaFiles, with_bytes
 from shmloader.sources.rows import conform, one_batch
 
 
@@ -65,7 +65,7 @@ class ArrowReader:
                 index = batch.schema.get_field_index(name)
                 filled = with_bytes(batch.column(index), self._files)
                 batch = batch.set_column(index, batch.schema.field(index), filled)
-        except (OSError, KeyError, pa.ArrowException, FileFailure) as error:
+        except (OSError, KeyError, pa.ArrowException) as error:
             raise read_error(self._plan.name, self._plan.shards[chunk.shard], error, chunk) from error
         yield chunk.first_row, batch
 

@@ -13,7 +13,7 @@ from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
 from shmloader.sources.columns import choose_columns
 from shmloader.sources.hub import SCHEME, cached_copy, is_remote
 from shmloader.sources.listing import write_listing
-from shmloader.sources.media_files import paths_of, with_paths
+from shmloader.sources.media_files import is_media, paths_of, with_paths
 from shmloader.sources.resolve import commit_of, empty_dataset, source_name, translated
 from shmloader.sources.rows import BATCH_ROWS, KEPT_TABLE_BYTES, conform, plain_schema, stream_bytes
 from shmloader.sources.stream import in_order, reading_step
@@ -22,8 +22,6 @@ from shmloader.sources.stream import in_order, reading_step
 _LISTED_ROWS = 16_384
 #: Of a file whose size nobody tells (guessed: a photograph).
 _GUESSED_FILE_BYTES = 256 << 10
-#: The features whose files are read for the rows; of any other kind (Video, Pdf, …) a row has the path.
-_READ = ("Image", "Audio")
 
 #: The paths of the same files on this machine, in the same order.
 Locate = Callable[[Sequence[str]], Sequence[str]]
@@ -57,7 +55,7 @@ def plan_listing(request: SourceRequest, builder: Any, locate: Locate | None = N
             features, request.columns, dataset=name, all_columns=request.all_columns
         )
         schema = plain_schema(features.arrow_schema, needed)
-        media = tuple(column for column in needed if _is_read(features[column]))
+        media = tuple(column for column in needed if is_media(features[column]))
         rows = (row for _, row in step.generate_examples_fn(**step.kwargs))
         batches = [
             conform(batch, schema, {}) for batch in _batches(rows, {column: features[column] for column in needed})
@@ -91,13 +89,6 @@ def _has_archives(found: Mapping[str, Any]) -> bool:
     """Whether rows come from within archives, of which ``datasets`` tells the folder that it would unpack into."""
     entries = found["metadata_files"] if found["add_metadata"] else found["files"]
     return any(folder is not None for _, folder, _ in entries)
-
-
-def _is_read(feature: Any) -> bool:
-    if isinstance(feature, Mapping):
-        return any(_is_read(inner) for inner in feature.values())
-    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
-    return type(feature).__name__ in _READ or (inner is not None and _is_read(inner))
 
 
 def _batches(rows: Iterable[Mapping[str, Any]], features: Mapping[str, Any]) -> Iterator[pa.RecordBatch]:

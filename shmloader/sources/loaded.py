@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from shmloader.errors import ReadError, SourceError
 from shmloader.sources.base import GUESSED_ROW_BYTES, Chunk, SourcePlan, SourceRequest
 from shmloader.sources.columns import choose_columns
-from shmloader.sources.media import embed_media
+from shmloader.sources.media_files import MediaFiles, embed_media
 from shmloader.sources.resolve import check_split, empty_dataset, quiet_datasets, source_name, translated
 from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema, stream_bytes
 
@@ -72,8 +72,8 @@ def plan_loaded(request: SourceRequest, prepared_split: Any | None = None) -> So
 class LoadedReader:
     """Reads the chunks of a loaded dataset. Built and used in one prefetcher, in one thread."""
 
-    def __init__(self, request: SourceRequest, plan: SourcePlan) -> None:
-        self._plan, self._request = plan, request
+    def __init__(self, request: SourceRequest, plan: SourcePlan, touch: Callable[[], None] = lambda: None) -> None:
+        self._plan, self._files = plan, MediaFiles(request, touch)
         self._schema = plan.schema
         dataset = _choose(request, plan.shards).select_columns(self._schema.names)
         self._features = dataset.features
@@ -83,7 +83,7 @@ class LoadedReader:
         """The rows of ``chunk``; see `Reader.read`."""
         try:
             table: pa.Table = self._dataset[chunk.first_row : chunk.first_row + chunk.num_rows]
-            batch = embed_media(conform(one_batch(table), self._schema, {}), self._features, self._request)
+            batch = embed_media(conform(one_batch(table), self._schema, {}), self._features, self._files)
         except (OSError, ValueError, IndexError, pa.ArrowException) as error:
             raise ReadError(
                 f"{self._plan.name}: cannot read rows {chunk.first_row} to {chunk.first_row + chunk.num_rows - 1} of "
@@ -99,6 +99,7 @@ class LoadedReader:
     def close(self) -> None:
         """Let go of the dataset."""
         self._dataset = None
+        self._files.close()
 
 
 def _visible(dataset: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,11 +14,12 @@ import pyarrow.compute as pc
 
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.hub import HubFiles, is_remote
+from shmloader.sources.rows import MEDIA_TYPE
 
 log = logging.getLogger("shmloader.sources")
 
-#: How ``datasets`` stores an image, a clip, or any other file: its bytes, or where they are, or both.
-MEDIA_TYPE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+#: Features whose files are read; other files (videos, …) are left to `process`, which gets their paths.
+_MEDIA_FEATURES = ("Image", "Audio")
 #: Files of a Hub that are fetched at the same time by one prefetcher: a request costs a round trip (guessed: half of
 #: what ``datasets`` takes for a process, of which there are several here).
 REMOTE_THREADS = 16
@@ -27,16 +29,16 @@ _REFUSED = (401, 403, 404, 410)
 _MOST_BYTES = (1 << 31) - 1
 
 
-class FileFailure(Exception):
+class FileFailure(OSError):
     """A file was not read because of what its cause (``__cause__``) says, which may concern all of them."""
 
     def __init__(self, path: str, why: Exception) -> None:
-        super().__init__(f"{path}: {type(why).__name__}: {why}")
+        super().__init__(f"cannot read the file {path!r}: {type(why).__name__}: {why}")
         self.path = path
 
 
 class MediaFiles:
-    """Reads whole files. One per reader, used in one thread; its own threads only fetch what is remote.
+    """Reads whole files, in any thread. One per reader; its own threads only fetch what is remote.
 
     touch: called after each file, and while a large one comes, from whichever thread reads.
     """
@@ -45,6 +47,7 @@ class MediaFiles:
         self._request, self._touch = request, touch
         self._hub: HubFiles | None = None
         self._threads: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()  # guards the making of these two
 
     def read(self, paths: Sequence[str]) -> list[bytes | None]:
         """The bytes of each; None: that file cannot be read (it is not there, not readable, too large).
@@ -54,11 +57,13 @@ class MediaFiles:
         """
         if not any("://" in path for path in paths):
             return [self._local(path) for path in paths]
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(REMOTE_THREADS, "files")
-        if self._hub is None and any(is_remote(path) for path in paths):
-            self._hub = HubFiles(self._request.load.get("token"), self._touch)
-        return list(self._threads.map(self._any, paths))
+        with self._lock:
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(REMOTE_THREADS, "files")
+            if self._hub is None and any(is_remote(path) for path in paths):
+                self._hub = HubFiles(self._request.load.get("token"), self._touch)
+            threads = self._threads
+        return list(threads.map(self._any, paths))
 
     def close(self) -> None:
         """End its threads."""
@@ -116,6 +121,26 @@ class MediaFiles:
     def _tell(self, path: str, error: Exception) -> None:
         """The row's own processor tells it to whoever asks for the row."""
         log.debug("%s cannot be read: %s", path, error)
+
+
+def is_media(feature: Any) -> bool:
+    """Whether a column of this feature (of ``datasets``) holds images or clips, also inside structs and lists."""
+    if isinstance(feature, Mapping):
+        return any(map(is_media, feature.values()))
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return type(feature).__name__ in _MEDIA_FEATURES or (inner is not None and is_media(inner))
+
+
+def embed_media(batch: pa.RecordBatch, features: Mapping[str, Any], files: MediaFiles) -> pa.RecordBatch:
+    """``batch`` with the bytes of every image and clip in it, as `with_bytes`; itself if it has no such column."""
+    for index, field in enumerate(batch.schema):
+        if not is_media(features.get(field.name)):
+            continue
+        column = batch.column(index)
+        filled = with_bytes(column, files)
+        if filled is not column:
+            batch = batch.set_column(index, field, filled)
+    return batch
 
 
 def paths_of(array: pa.Array) -> tuple[list[str], list[int]]:

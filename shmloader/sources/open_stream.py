@@ -10,6 +10,7 @@ import pyarrow as pa
 from shmloader.errors import ReadError, ShmloaderError
 from shmloader.sources.base import Chunk, OnRow, SourcePlan, SourceRequest
 from shmloader.sources.blame import why_failed
+from shmloader.sources.media_files import MediaFiles
 from shmloader.sources.resolve import has_secret, without_secrets
 from shmloader.sources.rows import one_batch
 from shmloader.sources.stream import open_planned, plain_rows
@@ -37,6 +38,7 @@ class OpenStreamReader:
 
     def __init__(self, request: SourceRequest, plan: SourcePlan, touch: Callable[[], None]) -> None:
         self._request, self._plan, self._touch = request, plan, touch
+        self._files = MediaFiles(request, touch)
         self._schema = plan.schema
         self._stream: Any = None
         self._features: Any = None
@@ -88,6 +90,8 @@ class OpenStreamReader:
         for row in rows:
             try:
                 good.append(self._plain(row))
+            except MemoryError:  # nothing is wrong with the row
+                raise
             except Exception as error:
                 unfit = error
                 break
@@ -102,6 +106,7 @@ class OpenStreamReader:
         """Close the streams."""
         self._iterations = {}
         self._stream = None
+        self._files.close()
 
     def _iteration(self, chunk: Chunk) -> _Iteration:
         """The one that ``chunk`` is of; another one if that was read beyond, but for one that failed before."""
@@ -132,7 +137,7 @@ class OpenStreamReader:
         return True
 
     def _plain(self, table: pa.Table) -> pa.RecordBatch:
-        return plain_rows(table, self._schema, self._features, self._request)
+        return plain_rows(table, self._schema, self._features, self._files)
 
     def _tables(self, epoch: int) -> Iterator[pa.Table]:
         """All rows, one by one; it is opened with the first."""

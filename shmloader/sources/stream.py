@@ -12,7 +12,7 @@ from shmloader.errors import ReadError, ShmloaderError, SourceError
 from shmloader.sources.base import GUESSED_ROW_BYTES, Chunk, SourcePlan, SourceRequest
 from shmloader.sources.blame import why_failed
 from shmloader.sources.columns import cheapest, choose_columns
-from shmloader.sources.media import embed_media
+from shmloader.sources.media_files import MediaFiles, embed_media
 from shmloader.sources.resolve import (
     check_split,
     commit_of,
@@ -109,6 +109,7 @@ class StreamReader:
 
     def __init__(self, request: SourceRequest, plan: SourcePlan, touch: Callable[[], None]) -> None:
         self._request, self._plan, self._touch = request, plan, touch
+        self._files = MediaFiles(request, touch)
         self._schema = plan.schema
         self._stream: Any = None
         self._features: Any = None
@@ -137,6 +138,7 @@ class StreamReader:
     def close(self) -> None:
         """Close the stream."""
         self._batches = self._stream = None
+        self._files.close()
 
     def _read(self, chunk: Chunk) -> pa.RecordBatch:
         if self._batches is None or chunk.first_row < self._next_row:
@@ -156,7 +158,7 @@ class StreamReader:
             raise self._count_error(chunk, None)
         if table.num_rows != chunk.num_rows:
             raise self._count_error(chunk, self._next_row)
-        return plain_rows(table, self._schema, self._features, self._request)
+        return plain_rows(table, self._schema, self._features, self._files)
 
     def _open(self) -> StreamTables:
         if self._stream is None:
@@ -193,9 +195,9 @@ def open_planned(request: SourceRequest, plan: SourcePlan) -> tuple[Any, Any]:
         return stream, features_of(request, stream)
 
 
-def plain_rows(table: pa.Table, schema: pa.Schema, features: Any, request: SourceRequest) -> pa.RecordBatch:
+def plain_rows(table: pa.Table, schema: pa.Schema, features: Any, files: MediaFiles) -> pa.RecordBatch:
     """What a stream gave, as a plan promises it."""
-    return embed_media(conform(one_batch(table.combine_chunks()), schema, {}), features, request)
+    return embed_media(conform(one_batch(table.combine_chunks()), schema, {}), features, files)
 
 
 def _open_stream(request: SourceRequest, builder: Any | None) -> Any:

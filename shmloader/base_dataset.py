@@ -8,6 +8,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -45,7 +46,7 @@ class SharedDataset:
         self,
         config: Any,
         tokenizer: Any,
-        request: SourceRequest,
+        requests: tuple[SourceRequest, ...],
         *,
         transform: Function | None,
         process: Function | None,
@@ -54,16 +55,12 @@ class SharedDataset:
         keys: str | Mapping[str, str | None],
         writable: bool,
         seed: int,
+        on_error: str,
+        max_bad: float,
+        train_on_prompt: bool,
     ) -> None:
         """Check the arguments and open the set; once, in the constructor."""
-        if request.dataset is None or (isinstance(request.dataset, str) and not request.dataset.strip()):
-            raise OptionError(
-                "dataset_name= is needed: a Hub id, a local folder or file, or a loaded `datasets` object",
-                name="dataset_name",
-                value=repr(request.dataset),
-                allowed="a dataset",
-            )
-        _check_columns(request.columns)
+        _check_columns(requests[0].columns)
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         for name, function in (("transform", transform), ("process", process)):
@@ -77,7 +74,8 @@ class SharedDataset:
         names = Keys.parse(keys)
         cache_size = _checked_size(cache_size)
         options = Options.from_env() if options is None else options
-        work = Work(request, MultimodalConfig() if config is None else config, tokenizer, process)
+        requests = tuple(replace(request, source_timeout_s=options.source_timeout_s) for request in requests)
+        work = Work(requests, MultimodalConfig() if config is None else config, tokenizer, process, train_on_prompt)
         self.transform = transform
         self.writable = writable
         self.seed = operator.index(seed)

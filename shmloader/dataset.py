@@ -14,6 +14,7 @@ from shmloader.errors import OptionError
 from shmloader.options import Options
 from shmloader.order import Kind, Order
 from shmloader.sampler import ShmSampler
+from shmloader.selection import select
 from shmloader.sources.base import SourceRequest
 from shmloader.views import Sample
 
@@ -74,25 +75,37 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         tokenizer: Any = None,
         split: str = "train",
         dataset_name: Any = None,
+        task_type: str | None = None,
+        use_streaming: bool = True,
+        cache_size: int | None = None,
         *,
         transform: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
         process: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
         columns: dict[str, Any] | None = None,
-        use_streaming: bool = True,
-        cache_size: int | None = None,
         keys: str | Mapping[str, str | None] = "shmloader",
         load: dict[str, Any] | None = None,
+        fallback: str = "synthetic",
+        on_error: str = "raise",
+        max_bad: float = 0.01,
+        train_on_prompt: bool = False,
+        weights: Mapping[str, float] | Sequence[float] | None = None,
         options: Options | None = None,
         writable: bool = False,
         seed: int = 0,
     ) -> None:
         request = SourceRequest(
-            dataset_name, split, columns, process is not None, dict(load or {}), is_downloaded=not use_streaming
+            dataset_name,
+            split,
+            columns,
+            process is not None,
+            dict(load or {}),
+            is_downloaded=not use_streaming,
+            fallback=fallback,
         )
         self._open(
             config,
             tokenizer,
-            request,
+            select(dataset_name, task_type, request),
             transform=transform,
             process=process,
             options=options,
@@ -100,6 +113,9 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             keys=keys,
             writable=writable,
             seed=seed,
+            on_error=on_error,
+            max_bad=max_bad,
+            train_on_prompt=train_on_prompt,
         )
 
     # -- reading ---------------------------------------------------------------------------------------

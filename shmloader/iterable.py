@@ -13,6 +13,7 @@ from shmloader.base_dataset import SharedDataset
 from shmloader.iteration import Iteration, Share
 from shmloader.options import Options
 from shmloader.permutation import whole_number
+from shmloader.selection import select
 from shmloader.sources.base import SourceRequest
 from shmloader.views import Sample
 
@@ -55,14 +56,19 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
         tokenizer: Any = None,
         split: str = "train",
         dataset_name: Any = None,
+        task_type: str | None = None,
+        use_streaming: bool = True,
+        cache_size: int | None = None,
         *,
         transform: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
         process: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
         columns: dict[str, Any] | None = None,
-        use_streaming: bool = True,
-        cache_size: int | None = None,
         keys: str | Mapping[str, str | None] = "shmloader",
         load: dict[str, Any] | None = None,
+        fallback: str = "synthetic",
+        on_error: str = "raise",
+        max_bad: float = 0.01,
+        train_on_prompt: bool = False,
         options: Options | None = None,
         writable: bool = False,
         seed: int = 0,
@@ -80,11 +86,12 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
             is_iterable=True,
             max_samples=self.max_samples,
             is_downloaded=not use_streaming,
+            fallback=fallback,
         )
         self._open(
             config,
             tokenizer,
-            request,
+            select(dataset_name, task_type, request),
             transform=transform,
             process=process,
             options=options,
@@ -92,6 +99,9 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
             keys=keys,
             writable=writable,
             seed=seed,
+            on_error=on_error,
+            max_bad=max_bad,
+            train_on_prompt=train_on_prompt,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -31,6 +31,9 @@ DEFAULT_RING_SHARE = 0.25
 #: A reader gives up after this long without any progress of the prefetchers (guessed: longer than the
 #: slowest request of a Hub that still answers).
 DEFAULT_TIMEOUT_S = 120.0
+#: A server that gives no answer is tried for this long (guessed: a Hub's hiccup is over by then, and nobody waits
+#: longer for a dataset that is not to be had).
+DEFAULT_SOURCE_TIMEOUT_S = 30.0
 #: Encoded bytes of the chunks that are shuffled among one another where the data does not fit the ring: 2,600 JPEGs
 #: of 100 KB, which mix as well as a shuffle buffer of 1,000 samples does (measured: `python -m bench order`).
 DEFAULT_WINDOW = "256MiB"
@@ -109,6 +112,7 @@ _ENV_PREFETCHERS = ("SHMLOADER_PREFETCHERS", int, _PREFETCHERS)
 _ENV_IN_FLIGHT = ("SHMLOADER_IN_FLIGHT", int, _SAMPLES)
 _ENV_AHEAD = ("SHMLOADER_AHEAD", int, _SAMPLES)
 _ENV_TIMEOUT = ("SHMLOADER_TIMEOUT_S", float, _TIMEOUT_S)
+_ENV_SOURCE_TIMEOUT = ("SHMLOADER_SOURCE_TIMEOUT_S", float, _TIMEOUT_S)
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,8 @@ class Options:
     prefetchers: number of prefetch processes; None: one a core, 8 at most. ``SHMLOADER_PREFETCHERS``
     timeout_s: a reader that waits this long without any progress of the prefetchers raises
         `WaitTimeoutError`. ``SHMLOADER_TIMEOUT_S``
+    source_timeout_s: a server that cannot be reached, or that does not answer, is given up after this long; what it
+        answers to go on with (429, 503) is waited for within it. ``SHMLOADER_SOURCE_TIMEOUT_S``
     log: the least level that the services log, into the loggers ``shmloader.*`` of the process that made the dataset.
         ``SHMLOADER_LOG``
     """
@@ -159,6 +165,9 @@ class Options:
     verify: bool = field(default_factory=lambda: _env_truth(os.environ, "SHMLOADER_VERIFY"))
     prefetchers: int | None = field(default_factory=lambda: _number(os.environ, *_ENV_PREFETCHERS))
     timeout_s: float = field(default_factory=lambda: _number(os.environ, *_ENV_TIMEOUT) or DEFAULT_TIMEOUT_S)
+    source_timeout_s: float = field(
+        default_factory=lambda: _number(os.environ, *_ENV_SOURCE_TIMEOUT) or DEFAULT_SOURCE_TIMEOUT_S
+    )
     log: str = field(default_factory=lambda: _env_log(os.environ))
 
     def __post_init__(self) -> None:
@@ -177,6 +186,7 @@ class Options:
             _check(name, 1 if value is None else value, int, _SAMPLES)
         _check("prefetchers", 1 if self.prefetchers is None else self.prefetchers, int, _PREFETCHERS)
         _check("timeout_s", self.timeout_s, int | float, _TIMEOUT_S)
+        _check("source_timeout_s", self.source_timeout_s, int | float, _TIMEOUT_S)
         if self.log not in _LOG_LEVELS:
             raise _bad("log", self.log, f"one of {', '.join(_LOG_LEVELS)}")
 
@@ -200,6 +210,7 @@ class Options:
             verify=_env_truth(env, "SHMLOADER_VERIFY"),
             prefetchers=_number(env, *_ENV_PREFETCHERS),
             timeout_s=_number(env, *_ENV_TIMEOUT) or DEFAULT_TIMEOUT_S,
+            source_timeout_s=_number(env, *_ENV_SOURCE_TIMEOUT) or DEFAULT_SOURCE_TIMEOUT_S,
             log=_env_log(env),
         )
 

@@ -208,7 +208,7 @@ def test_services_end_when_the_training_process_dies_between_the_plan_and_its_fi
             "verify": False,
             **sizes,
         }
-        payload = write(Work(SourceRequest(name, "train", None, True, {}), None, None, number), head)
+        payload = write(Work((SourceRequest(name, "train", None, True, {}),), None, None, number), head)
         start_set(SetFiles(files, payload, os.memfd_create("plan")))
         os.kill(os.getpid(), signal.SIGKILL)  # it never was a client
 

@@ -15,7 +15,7 @@ from shmloader.sources.base import SourceRequest
 
 def sent(dataset: Any, process: Any = None) -> tuple[Work, int]:
     """What a service gets, and the bytes that it was sent."""
-    fd = write(Work(SourceRequest(dataset, "train"), None, None, process), {})
+    fd = write(Work((SourceRequest(dataset, "train"),), None, None, process), {})
     try:
         return read_work(fd), os.fstat(fd).st_size
     finally:
@@ -28,7 +28,7 @@ def test_a_dataset_in_memory_is_read_in_place_from_what_was_sent():
     work, num_bytes = sent(Dataset(table).select(range(4000)))
     assert pa.total_allocated_bytes() - before < 1 << 20
     assert table.nbytes < num_bytes < table.nbytes + (1 << 20)
-    found = work.request.dataset
+    found = work.requests[0].dataset
     assert len(found) == 4000
     assert found[3999] == {"text": "x" * 1000, "n": 3999}
     buffers = found.data.table.column("text").chunk(0).buffers()
@@ -45,7 +45,7 @@ def test_an_array_of_the_user_can_be_written_to_and_others_do_not_see_it():
         array[0] += 1
         return {"n": array[0], "sum": strided.sum()}
 
-    fd = write(Work(SourceRequest("x", "train"), None, None, process), {})
+    fd = write(Work((SourceRequest("x", "train"),), None, None, process), {})
     for _ in range(2):  # two services
         found = read_work(fd).process
         assert [found({}), found({})] == [{"n": n, "sum": strided.sum()} for n in (1, 2)]

@@ -34,17 +34,18 @@ _LARGE_BYTES = 1 << 20
 #: Of each of these buffers; what Arrow wants. Source: Arrow Columnar Format, "Buffer Alignment and Padding".
 _ALIGNMENT = 64
 #: What a user calls a part, where that is not its name.
-_ARGUMENTS = {"request": "dataset_name"}
+_ARGUMENTS = {"requests": "dataset_name"}
 
 
 @dataclass(frozen=True)
 class Work:
     """What is to be made of which rows: the pickled part of a payload."""
 
-    request: SourceRequest
+    requests: tuple[SourceRequest, ...]
     config: Any
     tokenizer: Any
     process: Any
+    train_on_prompt: bool = False
 
 
 def write(work: Work, head: dict[str, Any]) -> int:
@@ -56,7 +57,7 @@ def write(work: Work, head: dict[str, Any]) -> int:
     import cloudpickle
 
     parts, buffers = {}, _Buffers()
-    for name in ("request", "config", "tokenizer", "process"):
+    for name in ("requests", "config", "tokenizer", "process", "train_on_prompt"):
         first = len(buffers.places)
         try:
             data = cloudpickle.dumps(getattr(work, name), protocol=5, buffer_callback=buffers.take)

@@ -23,7 +23,7 @@ def make_plan(fds: dict[str, int], window_bytes: int) -> SetPlan:
     work = read_work(fds["payload"])
     loaded = time.monotonic()
     log.debug("what the payload needs was loaded in %.2f s", loaded - began)
-    source = plan_source(work.request)
+    source = plan_source(work.requests[0])
     num_rows = "an unknown number of" if source.num_rows is None else source.num_rows
     log.debug(
         "plan of %r, split %r: %s rows in %d chunks of %d shards, mode %r, made in %.2f s",

@@ -210,7 +210,7 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
         plan = read_plan(fds["plan"])
         assert plan is not None
         built = processors.build(plan.source.columns, work.config, work.tokenizer, work.process)
-        reader = open_reader(work.request, plan.source, ring.segment.touch)
+        reader = open_reader(work.requests[0], plan.source, ring.segment.touch)
     except Exception as error:
         log.debug("cannot start", exc_info=True)
         Writer(ring).put_fatal(error)

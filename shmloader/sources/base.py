@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 
+from shmloader.catalog import DatasetConfig
+
 
 @dataclass(frozen=True)
 class SourceRequest:
@@ -24,6 +26,9 @@ class SourceRequest:
     is_iterable: the rows are only iterated over, so nobody has to know how many they are.
     max_samples: of an iterable request, only so many rows; None: all.
     is_downloaded: what is on a Hub is to be had from local files, downloaded first.
+    entry: what a short name stands for; ``dataset`` is that name then; None: ``dataset`` says where it lies.
+    fallback: what is allowed where it cannot be read: "synthetic", "download" or "error".
+    source_timeout_s: how long a server that does not answer is tried.
     """
 
     dataset: Any
@@ -34,6 +39,9 @@ class SourceRequest:
     is_iterable: bool = False
     max_samples: int | None = None
     is_downloaded: bool = False
+    entry: DatasetConfig | None = None
+    fallback: str = "synthetic"
+    source_timeout_s: float = 30.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Columns:
     """Which columns make a sample; None where the dataset has none for that role.
 
     A column inside another one is named by its path ("answers.text"); of ``text`` there may be several, in order.
+    target: the answer to ``text``; "options[correct]" is the item of the list "options" whose number is in "correct".
     class_names: of ``labels``, if its feature is a ClassLabel.
     """
 
@@ -48,6 +57,7 @@ class Columns:
     image: str | None = None
     audio: str | None = None
     labels: str | None = None
+    target: str | None = None
     class_names: tuple[str, ...] | None = None
 
 
@@ -55,7 +65,7 @@ class Columns:
 GUESSED_ROW_BYTES = 64 << 10
 
 #: Of the JSON of a plan: to be raised with every change of what it holds or of how chunks are cut.
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,9 @@ class SourcePlan:
     (one stream, read front to back; chunks can only be had in order). num_bytes: of the source's files, where known.
     arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
     root: the local folder that stands for a Hub dataset: its snapshot in the Hub's cache, where it is read offline.
+    resolved: what of the request was found out, as arguments for ``dataclasses.replace``: where a short name lies, and
+        under which split; what reads the plan's chunks goes by it.
+    why: why it is not what was asked for, where it fell back ("synthetic", "downloaded").
     shard_bytes: size of each shard's file, where known. notices: one line each, for the user to see.
     warnings: the same, of what changes what is trained on, or where it is from.
     units: for each chunk the index of its unit's first chunk. The chunks of a unit lie one behind the other in
@@ -109,6 +122,8 @@ class SourcePlan:
     notices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     root: str | None = None
+    resolved: dict[str, Any] = field(default_factory=dict)
+    why: str | None = None
     shard_bytes: tuple[int, ...] = ()
     units: tuple[int, ...] = ()
     chunk_bytes: tuple[int, ...] = ()

@@ -30,6 +30,7 @@ RANKS = [
     {"opening", "selection", "collate", "stats", "sampler", "seeding"},
     {"base_dataset"},
     {"dataset", "iterable"},
+    {"compat"},
     {"cli", "__main__"},
 ]
 DATASETS = {"base_dataset", "dataset", "iterable"}

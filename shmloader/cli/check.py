@@ -1,4 +1,4 @@
-"""Try what shmloader promises, on this machine and with a real dataset: exit code 1 if one of the promises is not kept."""
+"""Try what shmloader promises, on this machine and with a real dataset; the exit code is 1 if a promise is not kept."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class Checks:
                 ("no such column", ShmloaderError, {"dataset_name": folder, "columns": {"text": "txet"}}, "text"),
             )
             for what, kind, arguments, hint in tried:
-                error = _raised(what, kind, lambda arguments=arguments: ShmMultimodalDataset(**arguments))
+                error = _raised(what, kind, partial(ShmMultimodalDataset, **arguments))
                 if hint not in str(error):
                     raise CheckError(f"the error for {what} does not name {hint!r}: {error}")
         return f"{', '.join(what for what, *_ in tried)}: each an error that names what there is"
@@ -112,12 +113,12 @@ class Checks:
             _raised(
                 "a Hub that cannot be reached, with fallback='error'",
                 SourceError,
-                lambda: ShmMultimodalDataset(dataset_name="beans", fallback="error", options=options),
+                partial(ShmMultimodalDataset, dataset_name="beans", fallback="error", options=options),
             )
             error_s = _in_time("the error", began)
         return (
-            f"a dead Hub, given up after {_DEAD_HUB_S:g} s: synthetic data that says so after {took_s:.1f} s, or an error "
-            f"after {error_s:.1f} s"
+            f"a dead Hub, given up after {_DEAD_HUB_S:g} s: synthetic data that says so after {took_s:.1f} s, or an "
+            f"error after {error_s:.1f} s"
         )
 
     def _opened(self, **arguments: Any) -> ShmMultimodalDataset:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-from pathlib import Path
-
 import pytest
 from conftest import opened
 from support_several import CONFIG, check_batch, check_sample, write_classes, write_clips, write_stories
-from support_sets import wait_until
 from torch.utils.data import DataLoader
 
 NUM = {"classes": 20, "stories": 50, "clips": 30}

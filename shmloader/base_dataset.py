@@ -23,7 +23,7 @@ from shmloader.options import Options
 from shmloader.prefetch.payload import Work
 from shmloader.processors.text import check_tokenizer
 from shmloader.seeding import seeded
-from shmloader.sources.base import SourceRequest
+from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.stats import Stats
 from shmloader.tokens import batch_ring, join, known_files
 from shmloader.views import Sample
@@ -139,29 +139,43 @@ class SharedDataset:
 
     @property
     def name(self) -> str:
-        """The dataset's name, as in every sample's ``source``."""
+        """The dataset's name, as in every sample's ``source``; of several "a + b"."""
         return self._reader.plan.source.name
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Which columns were chosen: {"text": …, "image": …, "labels": …} and ``class_names``."""
-        columns = self._reader.plan.source.columns
-        return {key: value for key, value in vars(columns).items() if value is not None}
+        """Which columns were chosen: {"text": …, "image": …, "labels": …} and ``class_names``.
+
+        Of several datasets, by the name of each.
+        """
+        source = self._reader.plan.source
+        if source.is_mixed:
+            return {part.name: _chosen(part) for part in source.sources}
+        return _chosen(source)
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """For each source: name, split, mode, rows, revision, and what was noticed or warned of about it."""
-        source = self._reader.plan.source
+        """Of each source, in the order of their rows.
+
+        ``name``: as samples have it. ``dataset``: what was read under it, a Hub id say. ``split``: with what was taken
+        of it. ``mode``: "streaming", "downloaded", "local", … (docs/architecture.md). ``rows``: None: not known.
+        ``revision``: the commit. ``columns``: see `columns`. ``why``: why it is not what was asked for; None: it is.
+        ``notices``, ``warnings``: what there was to say of it.
+        """
         return [
             {
                 "name": source.name,
+                "dataset": str(source.resolved.get("dataset", source.name)),
                 "split": source.split,
                 "mode": source.mode,
                 "rows": source.num_rows,
                 "revision": source.revision,
+                "columns": _chosen(source),
+                "why": source.why,
                 "notices": list(source.notices),
                 "warnings": list(source.warnings),
             }
+            for source in self._reader.plan.source.sources
         ]
 
     def set_epoch(self, epoch: int) -> None:
@@ -280,6 +294,10 @@ class SharedDataset:
         made = Sample(result)
         made._attachment = sample._attachment  # for the padding that the schema says
         return made
+
+
+def _chosen(source: SourcePlan) -> dict[str, Any]:
+    return {role: column for role, column in vars(source.columns).items() if column is not None}
 
 
 def _check_columns(columns: Any) -> None:

@@ -18,4 +18,5 @@ def select(dataset_name: Any, task_type: str | None, request: SourceRequest) -> 
             value=repr(dataset_name),
             allowed="a dataset",
         )
-    return (replace(request, dataset=dataset_name),)
+    names = dataset_name if isinstance(dataset_name, list | tuple) else [dataset_name]
+    return tuple(replace(request, dataset=name) for name in names)

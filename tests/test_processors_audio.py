@@ -199,7 +199,7 @@ def test_the_config_says_how_long_clips_are_and_beside_text_they_are_optional():
     config = MultimodalConfig(max_audio_length=800)
     schema = schema_of(build(Columns(audio="clip"), config), "here")
     assert [(f.name, f.dtype, f.shape, f.optional) for f in schema.fields] == [("audio", "float32", (800,), False)]
-    assert schema.task_type == "audio"
+    assert schema.task_types == ("audio",)
     assert schema.record_bytes() == schema.most_record_bytes()
     schema = schema_of(build(Columns(audio="clip", text="said", image="photo"), config), "here")
     assert [(f.name, f.optional) for f in schema.fields] == [

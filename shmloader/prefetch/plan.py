@@ -1,16 +1,16 @@
-"""What the planner found out: the source's plan and the samples' schema."""
+"""What the planner found out: the plan of the sources, and the samples' schema."""
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 import shmloader._native as native
 from shmloader.order import Chunks
-from shmloader.prefetch.plan_file import Layout, map_listing, read_parts, write_parts
+from shmloader.prefetch.plan_file import Layout, map_listings, read_parts, write_parts
 from shmloader.sample import Schema
 from shmloader.sources.base import SourcePlan
 from shmloader.sources.listing import path_of
@@ -22,7 +22,7 @@ LAST_POSITION = (1 << native.POSITION_BITS) - 1
 
 @dataclass(frozen=True)
 class SetPlan:
-    """The source's plan, and the samples' schema if it is known before the first row was processed.
+    """The plan of the sources, and the samples' schema if it is known before the first row was processed.
 
     window_bytes: encoded bytes of the chunks that an order shuffles among one another.
     """
@@ -42,24 +42,37 @@ class SetPlan:
             np.array(source.chunk_bytes, np.int64),
         )
 
-    def number(self, row: int) -> int:
-        """The number of ``row`` in the source: in an open set that is its position, which the row's id ends in."""
-        return row & LAST_POSITION if self.source.is_open else row
+    def origin(self, row: int) -> dict[str, Any]:
+        """Where ``row`` is from, as errors tell it: the names of source and split, its shard and its number there.
 
-    def shard(self, row: int) -> str | None:
-        """The shard that ``row`` lies in, or its file; None: there are none."""
-        source = self.source
-        if source.listing is not None:
-            return path_of(source.listing, row)
-        if not source.shards or source.is_open:
-            return source.shards[0] if source.shards else None
-        at = bisect.bisect_right(source.chunks, row, key=lambda chunk: chunk.first_row) - 1
-        return source.shards[source.chunks[at].shard]
+        The number is that in the whole split, also of a slice; in an open set the row's position, which its id ends in.
+        Where that may not be the index in the dataset, this is told as well.
+        """
+        found, number = self._found(row)
+        told = {"source": self._name(row), "shard": _shard(found, number), "row": number}
+        return told | {"index": row} if self.source.parts else told
 
     def describe(self, row: int) -> str:
         """Where ``row`` is to be found, for messages: source, split, shard and row."""
-        shard = self.shard(row) or "?"
-        return f"row {self.number(row)} of {self.source.name!r} (split {self.source.split!r}, shard {shard!r})"
+        found, number = self._found(row)
+        shard = _shard(found, number) or "?"
+        return f"row {number} of {self._name(row)!r} (split {found.split!r}, shard {shard!r})"
+
+    def _found(self, row: int) -> tuple[SourcePlan, int]:
+        return (self.source, row & LAST_POSITION) if self.source.is_open else self.source.origin(row)
+
+    def _name(self, row: int) -> str:
+        source = self.source
+        return source.sources[source.source_of(source.chunk_at(row))].name if source.is_mixed else source.name
+
+
+def _shard(source: SourcePlan, row: int) -> str | None:
+    """The shard that a row of a plan without parts lies in, or its file; None: there are none."""
+    if source.listing is not None:
+        return path_of(source.listing, row)
+    if not source.shards or source.is_open:
+        return source.shards[0] if source.shards else None
+    return source.shards[source.chunks[source.chunk_at(row)].shard]
 
 
 def describe_fields(schema: Schema) -> str:
@@ -81,8 +94,8 @@ def write_plan(fd: int, plan: SetPlan) -> None:
         window_bytes=plan.window_bytes,
         rows_per_chunk=BATCH_ROWS if source.is_open else 0,
     )
-    listing = None if source.listing is None else memoryview(source.listing)
-    write_parts(fd, layout, source.to_json(), None if schema is None else schema.to_json(), listing)
+    listings = [memoryview(listing) for listing in source.listings()]
+    write_parts(fd, layout, source.to_json(), None if schema is None else schema.to_json(), listings)
 
 
 def read_plan(fd: int) -> SetPlan | None:
@@ -91,6 +104,5 @@ def read_plan(fd: int) -> SetPlan | None:
     if parts is None:
         return None
     layout, text, schema = parts
-    listing = map_listing(fd)
-    source = SourcePlan.from_json(text, None if listing is None else pa.py_buffer(listing))
+    source = SourcePlan.from_json(text, [pa.py_buffer(listing) for listing in map_listings(fd)])
     return SetPlan(source, None if schema is None else Schema.from_json(schema), layout.window_bytes)

@@ -102,7 +102,7 @@ def schema_of(processors: Sequence[Processor], source_name: str) -> Schema:
     With a user's ``process`` it is known only once a row has been processed (`UserProcessor.fields`).
     """
     fields = tuple(field for processor in processors for field in processor.fields)
-    return Schema(fields, _task_type(fields), (source_name,))
+    return Schema(fields, (_task_type(fields),), (source_name,))
 
 
 def _task_type(fields: Sequence[Field]) -> str:

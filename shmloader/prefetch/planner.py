@@ -31,8 +31,8 @@ def make_plan(fds: dict[str, int], window_bytes: int) -> SetPlan:
         time.monotonic() - loaded,
     )  # fmt: skip
     schema = None
-    if work.process is None:
-        built = processors.build(source.columns, work.config, work.tokenizer, None)
+    if work.process_of() is None:
+        built = processors.build(source.columns, work.config, work.tokenizer, None, work.train_on_prompt)
         schema = processors.schema_of(built, source.name)
         log.debug("fields of a sample: %s", describe_fields(schema))
     return SetPlan(source, schema, window_bytes)

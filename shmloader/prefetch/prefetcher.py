@@ -209,7 +209,9 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
         assert work is not None
         plan = read_plan(fds["plan"])
         assert plan is not None
-        built = processors.build(plan.source.columns, work.config, work.tokenizer, work.process)
+        built = processors.build(
+            plan.source.columns, work.config, work.tokenizer, work.process_of(), work.train_on_prompt
+        )
         reader = open_reader(work.requests[0], plan.source, ring.segment.touch)
     except Exception as error:
         log.debug("cannot start", exc_info=True)

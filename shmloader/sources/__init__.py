@@ -50,9 +50,9 @@ def make_plan(request: SourceRequest) -> SourcePlan:
 
     plan = plan_cache.load(request)
     if plan is None:
-        from shmloader.sources.planning import plan_source
+        from shmloader.sources.entries import plan_entry
 
-        plan = plan_source(request)
+        plan = plan_entry(request)
         plan_cache.store(request, plan)
     return plan.first(request.max_samples)
 
@@ -66,6 +66,7 @@ def open_reader(
 
     touch: called whenever something was read, also of what nobody asked for and is only passed over.
     """
+    request = plan.resolve(request)
     if plan.listing is not None:
         from shmloader.sources.listing import ListingReader
 

@@ -19,8 +19,8 @@ class SourceRequest:
 
     dataset: a Hub id, a local folder or file, or a loaded ``datasets`` object.
     split: name of the split, as ``datasets`` names it.
-    columns: the user's ``columns=``: role ("text", "image", "audio", "labels") → column, or path into one; of text
-        several in a list; None: recognise them.
+    columns: the user's ``columns=``: role ("text", "target", "image", "audio", "labels") → column, or path into one; of
+        text several in a list; None: recognise them.
     all_columns: the user's ``process`` takes whole rows, so every column is read and none is chosen.
     load: passed on to ``datasets`` (name, revision, token, data_files, …); not in the repr.
     is_iterable: the rows are only iterated over, so nobody has to know how many they are.
@@ -97,7 +97,7 @@ class SourcePlan:
     arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
     root: the local folder that stands for a Hub dataset: its snapshot in the Hub's cache, where it is read offline.
     resolved: what of the request was found out, as arguments for ``dataclasses.replace``: where a short name lies, and
-        under which split; what reads the plan's chunks goes by it.
+        under which split; of ``load`` what is to be added to it. What reads the plan's chunks goes by `resolve`.
     why: why it is not what was asked for, where it fell back ("synthetic", "downloaded").
     shard_bytes: size of each shard's file, where known. notices: one line each, for the user to see.
     warnings: the same, of what changes what is trained on, or where it is from.
@@ -165,6 +165,13 @@ class SourcePlan:
         schema = base64.b64decode(raw.pop("arrow_schema"))
         rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
         return cls(columns=Columns(**columns), chunks=chunks, arrow_schema=schema, listing=listing, **rest)
+
+    def resolve(self, request: SourceRequest) -> SourceRequest:
+        """``request`` as what reads the plan's chunks goes by it: with what was found out, and its own token."""
+        found = dict(self.resolved)
+        if "load" in found:
+            found["load"] = {**request.load, **found["load"]}
+        return replace(request, **found)
 
     def first(self, num_rows: int | None) -> SourcePlan:
         """The plan of the first ``num_rows`` rows alone; of all if there are no more, or if None."""

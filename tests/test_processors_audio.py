@@ -231,7 +231,7 @@ def test_of_image_and_audio_without_text_a_row_needs_one():
 def test_audio_needs_no_image_decoder_no_torch_and_no_datasets():
     check = (
         "import sys; from types import SimpleNamespace as S; from shmloader.processors import build;"
-        "columns = S(text=None, image=None, audio='a', labels=None, class_names=None);"
+        "columns = S(text=None, image=None, audio='a', labels=None, target=None, class_names=None);"
         "build(columns, S(vocab_size=9, vision_dim=8, max_audio_length=5));"
         "wrong = {'torch', 'datasets', 'PIL', 'simplejpeg', 'cykooz_resizer', 'shmloader.sources'};"
         "sys.exit(', '.join(wrong & set(sys.modules)) or 0)"

@@ -314,7 +314,7 @@ def test_no_usable_column_is_an_error_that_names_the_settings():
 def test_text_needs_no_image_decoder_no_torch_and_no_datasets():
     check = (
         "import sys; from types import SimpleNamespace as S; from shmloader.processors import build, schema_of;"
-        "columns = S(text='t', image=None, audio=None, labels='l', class_names=None);"
+        "columns = S(text='t', image=None, audio=None, labels='l', target=None, class_names=None);"
         "schema_of(build(columns, S(vocab_size=9, vision_dim=8)), 's');"
         "wrong = {'torch', 'datasets', 'PIL', 'simplejpeg', 'cykooz_resizer', 'soundfile', 'soxr', 'tokenizers',"
         "'shmloader.sources'};"

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from shmloader.sources.base import OpenReader, Reader, SourcePlan, SourceRequest, resolved
+from shmloader.sources.base import OpenReader, Reader, SourcePlan, SourceRequest
 
 __all__ = ["make_plan", "open_reader"]
 
@@ -67,9 +67,9 @@ def _plan_one(request: SourceRequest) -> SourcePlan:
 
     plan = plan_cache.load(request)
     if plan is None:
-        from shmloader.sources.planning import plan_source
+        from shmloader.sources.entries import plan_entry
 
-        plan = plan_source(request)
+        plan = plan_entry(request)
         plan_cache.store(request, plan)
     return plan
 
@@ -90,7 +90,7 @@ def open_reader(
 
         return PartsReader(requests, plan, open_reader, touch)
     (request,) = requests
-    request = resolved(request, plan)
+    request = plan.resolve(request)
     if plan.listing is not None:
         from shmloader.sources.listing import ListingReader
 

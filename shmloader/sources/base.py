@@ -21,8 +21,8 @@ class SourceRequest:
 
     dataset: a Hub id, a local folder or file, or a loaded ``datasets`` object.
     split: name of the split, as ``datasets`` names it.
-    columns: the user's ``columns=``: role ("text", "image", "audio", "labels") → column, or path into one; of text
-        several in a list; None: recognise them.
+    columns: the user's ``columns=``: role ("text", "target", "image", "audio", "labels") → column, or path into one; of
+        text several in a list; None: recognise them.
     all_columns: the user's ``process`` takes whole rows, so every column is read and none is chosen.
     load: passed on to ``datasets`` (name, revision, token, data_files, …); not in the repr.
     is_iterable: the rows are only iterated over, so nobody has to know how many they are.
@@ -100,7 +100,7 @@ class SourcePlan:
     arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
     root: the local folder that stands for a Hub dataset: its snapshot in the Hub's cache, where it is read offline.
     resolved: what of the request was found out, as arguments for ``dataclasses.replace``: where a short name lies, and
-        under which split; what reads the plan's chunks goes by it.
+        under which split; of ``load`` what is to be added to it. What reads the plan's chunks goes by `resolve`.
     why: why it is not what was asked for, where it fell back ("synthetic", "downloaded").
     shard_bytes: size of each shard's file, where known. notices: one line each, for the user to see.
     warnings: the same, of what changes what is trained on, or where it is from.
@@ -236,6 +236,13 @@ class SourcePlan:
             **rest,
         )
 
+    def resolve(self, request: SourceRequest) -> SourceRequest:
+        """``request`` as what reads the plan's chunks goes by it: with what was found out, and its own token."""
+        found = dict(self.resolved)
+        if "load" in found:
+            found["load"] = {**request.load, **found["load"]}
+        return replace(request, **found)
+
     def first(self, num_rows: int | None) -> SourcePlan:
         """The plan of the first ``num_rows`` rows alone; of all if there are no more, or if None."""
         if num_rows is None or self.num_rows is None or num_rows >= self.num_rows:
@@ -249,15 +256,6 @@ class SourcePlan:
         chunks, chunk_bytes = zip(*kept, strict=True)
         units = self.units[: len(kept)]
         return replace(self, num_rows=num_rows, chunks=chunks, chunk_bytes=chunk_bytes, units=units)
-
-
-def resolved(request: SourceRequest, plan: SourcePlan) -> SourceRequest:
-    """``request`` as the plan found out what is meant by it; the token, which no plan has, stays."""
-    found = dict(plan.resolved)
-    token = {name: request.load[name] for name in ("token",) if name in request.load}
-    if "load" in found:
-        found["load"] = token | found["load"]
-    return replace(request, **found)
 
 
 class Reader(Protocol):

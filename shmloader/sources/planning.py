@@ -20,6 +20,7 @@ from shmloader.sources.prepare import prepare
 from shmloader.sources.resolve import check_name, check_split, quiet_datasets, source_name, split_names
 from shmloader.sources.splits import ALL, is_expression, plan_all, plan_expression
 from shmloader.sources.stream import plan_stream
+from shmloader.sources.table_plan import plan_table
 
 
 def plan_source(request: SourceRequest) -> SourcePlan:
@@ -63,6 +64,9 @@ def _plan_files(request: SourceRequest, builder: Any) -> SourcePlan:
     is_remote = is_on_hub(builder)
     if can_plan(builder) and not is_remote:
         return plan_parquet(request, builder)
+    table = plan_table(request, builder)
+    if table is not None:
+        return table
     ready = prepared(request, builder)
     if ready is not None:
         return plan_loaded(request, ready)

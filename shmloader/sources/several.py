@@ -20,7 +20,7 @@ from itertools import count
 import pyarrow as pa
 
 from shmloader.errors import SourceError
-from shmloader.sources.base import Chunk, OpenReader, Reader, SourcePlan, SourceRequest, resolved
+from shmloader.sources.base import Chunk, OpenReader, Reader, SourcePlan, SourceRequest
 
 #: As `shmloader.sources.open_reader`, which this module cannot import.
 OpenOne = Callable[[SourceRequest | Sequence[SourceRequest], SourcePlan, Callable[[], None]], Reader | OpenReader]
@@ -109,7 +109,7 @@ class PartsReader:
         touch: Callable[[], None] = lambda: None,
     ) -> None:
         assert len(requests) == len(plan.sources)
-        whole = resolved(requests[0], plan)
+        whole = plan.resolve(requests[0])
         self._requests = tuple(requests) if plan.is_mixed else (whole,) * len(plan.parts)
         self._plan, self._open_one, self._touch = plan, open_one, touch
         self._readers: dict[int, Reader] = {}

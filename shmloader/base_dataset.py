@@ -20,6 +20,7 @@ from shmloader.errors import ClosedError, OptionError
 from shmloader.keys import Keys
 from shmloader.opening import close_set, open_set
 from shmloader.options import Options
+from shmloader.policy import BadRows, check_fallback
 from shmloader.prefetch.payload import Work
 from shmloader.processors.text import check_tokenizer
 from shmloader.seeding import seeded
@@ -61,6 +62,8 @@ class SharedDataset:
     ) -> None:
         """Check the arguments and open the set; once, in the constructor."""
         _check_columns(requests[0].columns)
+        check_fallback(requests[0].fallback)
+        BadRows(on_error, max_bad)
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         for name, function in (("transform", transform), ("process", process)):
@@ -150,7 +153,11 @@ class SharedDataset:
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """For each source: name, split, mode, rows, revision, and what was noticed or warned of about it."""
+        """For each source: name, split, mode, rows, revision, and what was noticed or warned of about it.
+
+        mode: how its rows are read ("streaming", "downloaded", "synthetic", …). why: why it is not what was asked for,
+        where it fell back; None: it is.
+        """
         source = self._reader.plan.source
         return [
             {
@@ -159,6 +166,7 @@ class SharedDataset:
                 "mode": source.mode,
                 "rows": source.num_rows,
                 "revision": source.revision,
+                "why": source.why,
                 "notices": list(source.notices),
                 "warnings": list(source.warnings),
             }

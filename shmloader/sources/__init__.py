@@ -16,6 +16,7 @@ remote files  loose files on the Hub                  the same
 arrow         Arrow files on this machine             64 rows, any order
 loaded        a ``datasets.Dataset``, prepared Arrow  64 rows, any order
 sequential    a stream, or files of another format    64 rows, front to back
+synthetic     nowhere: they are made up               64 rows, any order
 ============  ======================================  =================================
 
 A stream whose length nobody tells is counted, or for an iterable request taken as it is: the plan is *open* then, and
@@ -30,6 +31,7 @@ before ``make_plan`` or ``open_reader`` is called.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from shmloader.sources.base import OpenReader, Reader, SourcePlan, SourceRequest
 
@@ -50,9 +52,9 @@ def make_plan(request: SourceRequest) -> SourcePlan:
 
     plan = plan_cache.load(request)
     if plan is None:
-        from shmloader.sources.planning import plan_source
+        from shmloader.sources.fallback import plan_with_fallback
 
-        plan = plan_source(request)
+        plan = plan_with_fallback(request)
         plan_cache.store(request, plan)
     return plan.first(request.max_samples)
 
@@ -66,6 +68,11 @@ def open_reader(
 
     touch: called whenever something was read, also of what nobody asked for and is only passed over.
     """
+    request = replace(request, **plan.resolved)
+    if plan.mode == "synthetic":
+        from shmloader.sources.synthetic import SyntheticReader
+
+        return SyntheticReader(request, plan, touch)
     if plan.listing is not None:
         from shmloader.sources.listing import ListingReader
 

@@ -145,11 +145,13 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         if not rows:
             return []
         attachment, refs = self._reader.get(rows)
-        if self.transform is None:
+        if self.transform is None and self._reader.policy.on_error != "synthetic":
             return [Sample.over(attachment, refs, i, self.writable) for i in range(len(rows))]
+        if self.transform is None:
+            return [self._sample(attachment, refs, i, row, self.writable) for i, row in enumerate(rows)]
         epoch = attachment.ring.segment.epoch()
         epochs = [epoch - 1] * len(rows) if epoch else attachment.ring.segment.count_reads(array("Q", rows))
-        samples = (Sample.over(attachment, refs, i, writable=True) for i in range(len(rows)))
+        samples = (self._sample(attachment, refs, i, row, writable=True) for i, row in enumerate(rows))
         return [self._transformed(s, row, epoch) for s, row, epoch in zip(samples, rows, epochs, strict=True)]
 
     def _several(self, index: Any) -> Sequence[int]:

@@ -18,6 +18,7 @@ Tree::
     │   ├── RingTooSmallError, RecordTooLargeError, MemoryLimitError
     │   ├── ChecksumError      what lies there is not what was written (SHMLOADER_VERIFY)
     │   └── PoisonedError      its state cannot be trusted any more
+    ├── TooManyBadRowsError    more rows are bad than ``max_bad=`` allows
     ├── ServiceError           a supervisor or prefetcher cannot do its work
     ├── WaitTimeoutError       a reader waited and nothing moved
     ├── StaleTokenError        a batch whose place in the batch ring was given to another one
@@ -49,6 +50,8 @@ class ShmloaderError(Exception):
         super().__init__(message)
         self.data = data
         self.remote_traceback: str | None = None
+        #: Where a reader has met it: the record's id, and its chunk if that is what cannot be read.
+        self.at: tuple[int, int | None] | None = None
 
     def __getattr__(self, name: str) -> Any:
         data = self.__dict__.get("data", {})
@@ -98,6 +101,10 @@ class DecodeError(SampleError):
 
 class ProcessError(SampleError):
     """The user's ``process`` failed or returned nonsense. Attributes: source, shard, row, field, expected, got."""
+
+
+class TooManyBadRowsError(ShmloaderError):
+    """More rows are bad than ``max_bad=`` allows. Attributes: source, num_bad, num_rows, max_bad, examples."""
 
 
 class RingError(ShmloaderError):

@@ -15,7 +15,6 @@ from shmloader.options import Options
 from shmloader.permutation import whole_number
 from shmloader.selection import select
 from shmloader.sources.base import SourceRequest
-from shmloader.views import Sample
 
 #: Iterations begun in this process, outside of a DataLoader's workers.
 _iterations = itertools.count()
@@ -132,7 +131,8 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
         try:
             for attachment, refs, positions in iteration.blocks():
                 for i, position in enumerate(positions):
-                    sample = Sample.over(attachment, refs, i, self.writable or self.transform is not None)
+                    writable = self.writable or self.transform is not None
+                    sample = self._sample(attachment, refs, i, iteration.id_of(position), writable)
                     if self.transform is not None:
                         sample = self._transformed(sample, position, iteration.epoch)
                     yield sample

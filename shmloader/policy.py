@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from shmloader.errors import OptionError
+from shmloader.errors import OptionError, RingError, ShmloaderError, SourceError
 
 #: ``fallback=``: what may stand in for a dataset that cannot be read as it was asked for (sources/fallback.py).
 FALLBACKS = ("synthetic", "download", "error")
@@ -52,6 +52,19 @@ class BadRows:
             return None
         # A product that is a whole number but for its rounding counts as that: 0.07 × 100 is 7.000000000000001.
         return max(1, math.floor(self.max_bad * num_rows + 1e-9)) if self.max_bad > 0 else 0
+
+
+def is_bad_row(error: ShmloaderError) -> bool:
+    """Whether what a reader met is the fault of a row, or of the chunk that it is in, and of nothing else.
+
+    Not what is wrong with the ring, what died of want of memory, or that nothing moves.
+    """
+    return error.at is not None and not isinstance(error, RingError) and not error.data.get("of_memory")
+
+
+def is_passing(error: ShmloaderError) -> bool:
+    """Whether it comes of a server that cannot be reached now: then nothing is known of the row."""
+    return isinstance(error, SourceError) and "endpoint" in error.data
 
 
 def _check_one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -53,8 +53,19 @@ class SetPlan:
             return path_of(source.listing, row)
         if not source.shards or source.is_open:
             return source.shards[0] if source.shards else None
-        at = bisect.bisect_right(source.chunks, row, key=lambda chunk: chunk.first_row) - 1
-        return source.shards[source.chunks[at].shard]
+        return source.shards[source.chunks[self._chunk(row)].shard]
+
+    def span(self, row: int) -> tuple[int, int]:
+        """The first row of the source that ``row`` is of, and the end of that source."""
+        return 0, self.source.num_rows or 0
+
+    def chunk_rows(self, row: int) -> tuple[int, int]:
+        """The first row of the chunk that ``row`` is in, and the one behind its last. Not of an open source."""
+        chunk = self.source.chunks[self._chunk(row)]
+        return chunk.first_row, chunk.first_row + chunk.num_rows
+
+    def _chunk(self, row: int) -> int:
+        return bisect.bisect_right(self.source.chunks, row, key=lambda chunk: chunk.first_row) - 1
 
     def describe(self, row: int) -> str:
         """Where ``row`` is to be found, for messages: source, split, shard and row."""

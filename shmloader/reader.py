@@ -183,8 +183,8 @@ class Reader:
         # The schema's place among these: that is no warning.
         if self.attach().segment.text_put(native.TEXT_SHOWN + native.TEXT_SCHEMA, b"1") != native.EXISTS:
             warnings.warn(
-                f"{self.plan.source.name}: {error} on_error={self.policy.on_error!r} has something else in its place, "
-                "and in that of those to come, of which there is no more warning: dataset.quarantine lists them.",
+                f"{self.plan.source.name} has a bad row, in whose place on_error={self.policy.on_error!r} has another, "
+                f"so for those to come, which dataset.quarantine lists and the log tells of. {error}",
                 stacklevel=2,
             )
 

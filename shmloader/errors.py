@@ -137,7 +137,8 @@ class PoisonedError(RingError):
 class ServiceError(ShmloaderError):
     """A supervisor or prefetcher could not start or go on. Attributes: role; pid, status (its exit status).
 
-    Where prefetchers died over a row or a chunk: source, shard, row, chunk, deaths (how each ended, in words).
+    Where prefetchers died over a row or a chunk: source, shard, row, chunk, deaths (how each ended, in words),
+    of_memory (whether for want of it).
     """
 
 

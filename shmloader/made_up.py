@@ -23,14 +23,14 @@ def made_up(like: Sample, plan: SetPlan, row: int) -> Sample:
     """
     attachment = like._attachment
     assert attachment is not None
-    face, name = attachment.face, plan.source.name
-    seed = f"{name}\0{plan.source.split}\0{plan.number(row)}"
+    face, classes = attachment.face, plan.class_names(row)
+    seed = f"{plan.name(row)}\0{plan.source.split}\0{plan.number(row)}"
     labels = next((field.name for field in face.fields if field.name == "labels" and not field.shape), None)
     items: dict[str, Any] = {}
     for key, value in like.items():
         if isinstance(value, torch.Tensor):
-            classes = plan.source.columns.class_names if key == labels else None
-            items[key] = _shuffled(value, seed) if not classes else _drawn(value, seed, classes)
+            is_class = key == labels and classes
+            items[key] = _drawn(value, seed, len(classes)) if is_class else _shuffled(value, seed)
         elif key == face.source_name:
             items[key] = f"{value}{SYNTHETIC}"
         else:
@@ -45,8 +45,8 @@ def _shuffled(value: torch.Tensor, seed: str) -> torch.Tensor:
     return value.reshape(-1)[torch.from_numpy(order)].reshape(value.shape)
 
 
-def _drawn(value: torch.Tensor, seed: str, classes: Sequence[str]) -> torch.Tensor:
-    return torch.tensor(int(_random(seed, ()).integers(len(classes))), dtype=value.dtype)
+def _drawn(value: torch.Tensor, seed: str, num_classes: int) -> torch.Tensor:
+    return torch.tensor(int(_random(seed, ()).integers(num_classes)), dtype=value.dtype)
 
 
 def _random(seed: str, shape: Sequence[int]) -> np.random.Generator:

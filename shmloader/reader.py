@@ -148,7 +148,11 @@ class Reader:
 
     def known(self, rows: Sequence[int]) -> Sequence[int]:
         """``rows``, with what this process knows to stand in for bad ones. Raises a TooManyBadRowsError."""
-        return self._stand_ins.known(rows)
+        try:
+            return self._stand_ins.known(rows)
+        except TooManyBadRowsError as error:
+            self._complete(error)
+            raise
 
     def wait_for(self, rows: Sequence[int], place: Place | None) -> Refs:
         """Where the records of ``rows`` lie, which are at ``place`` of an order (None: of none). As `Ring.get_many`.
@@ -183,7 +187,7 @@ class Reader:
         # The schema's place among these: that is no warning.
         if self.attach().segment.text_put(native.TEXT_SHOWN + native.TEXT_SCHEMA, b"1") != native.EXISTS:
             warnings.warn(
-                f"{self.plan.source.name} has a bad row, in whose place on_error={self.policy.on_error!r} has another, "
+                f"{self.plan.name(row)} has a bad row, in whose place on_error={self.policy.on_error!r} has another, "
                 f"so for those to come, which dataset.quarantine lists and the log tells of. {error}",
                 stacklevel=2,
             )
@@ -201,7 +205,7 @@ class Reader:
         plan = self.plan
         return [
             {
-                "source": plan.source.name,
+                "source": plan.name(bad.id),
                 "shard": plan.shard(bad.id),
                 "row": plan.number(bad.id),
                 "num_rows": bad.num_rows,

@@ -55,6 +55,14 @@ class SetPlan:
             return source.shards[0] if source.shards else None
         return source.shards[source.chunks[self._chunk(row)].shard]
 
+    def name(self, row: int) -> str:
+        """The name of the source that ``row`` is of."""
+        return self.source.name
+
+    def class_names(self, row: int) -> tuple[str, ...]:
+        """Of the source that ``row`` is of, those of the classes that its labels number; none if nobody told."""
+        return self.source.columns.class_names or ()
+
     def span(self, row: int) -> tuple[int, int]:
         """The first row of the source that ``row`` is of, and the end of that source."""
         return 0, self.source.num_rows or 0

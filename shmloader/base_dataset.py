@@ -18,10 +18,14 @@ from shmloader.collate import PADDED, Lengths, collate_as
 from shmloader.config import MultimodalConfig
 from shmloader.errors import ClosedError, OptionError
 from shmloader.keys import Keys
+from shmloader.made_up import made_up
 from shmloader.opening import close_set, open_set
 from shmloader.options import Options
+from shmloader.policy import BadRows, check_fallback
 from shmloader.prefetch.payload import Work
 from shmloader.processors.text import check_tokenizer
+from shmloader.reader import Attachment
+from shmloader.ring import Refs
 from shmloader.seeding import seeded
 from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.stats import Stats
@@ -61,6 +65,8 @@ class SharedDataset:
     ) -> None:
         """Check the arguments and open the set; once, in the constructor."""
         _check_columns(requests[0].columns)
+        check_fallback(requests[0].fallback)
+        policy = BadRows(on_error, max_bad)
         if tokenizer is not None:
             check_tokenizer(tokenizer)
         for name, function in (("transform", transform), ("process", process)):
@@ -83,6 +89,7 @@ class SharedDataset:
         self._reader = open_set(work, options, cache_size)
         try:
             self._reader.name_fields(names)
+            self._reader.set_policy(policy)
         except BaseException:
             close_set(self._reader, os.getpid())
             raise
@@ -158,8 +165,8 @@ class SharedDataset:
         """Of each source, in the order of their rows.
 
         ``name``: as samples have it. ``dataset``: what was read under it, a Hub id say. ``split``: with what was taken
-        of it. ``mode``: "streaming", "downloaded", "local", … (docs/architecture.md). ``rows``: None: not known.
-        ``revision``: the commit. ``columns``: see `columns`. ``why``: why it is not what was asked for; None: it is.
+        of it. ``mode``: "streaming", "downloaded", "local", "synthetic", … (docs/architecture.md). ``rows``: None: not
+        known. ``revision``: the commit. ``columns``: see `columns`. ``why``: why it is not what was asked for; None: it is.
         ``notices``, ``warnings``: what there was to say of it.
         """
         return [
@@ -177,6 +184,17 @@ class SharedDataset:
             }
             for source in self._reader.plan.source.sources
         ]
+
+    @property
+    def quarantine(self) -> list[dict[str, Any]]:
+        """The bad rows of the set that any process knows of, by row: those that cannot become a sample, or be read.
+
+        Each a dict: source, shard, row, num_rows (more than 1: of a chunk that cannot be read, from ``row`` on), field,
+        error (the name of its class) and message. Rows are known once they were decoded or, where their shard cannot
+        be read, asked for. What `max_bad` counts are those that were asked for. Of a stream without a length ``row`` is
+        the position, and each iteration has its own. The first 32,768 are listed.
+        """
+        return self._reader.quarantine()
 
     def set_epoch(self, epoch: int) -> None:
         """Name the epoch for ``transform``'s seeds, in all workers, persistent ones included.
@@ -275,6 +293,13 @@ class SharedDataset:
         self.__dict__.update(state)
         self._closer = weakref.finalize(self, close_set, self._reader, os.getpid())
         self._closer.atexit = False
+
+    def _sample(self, attachment: Attachment, refs: Refs, i: int, asked: int, writable: bool) -> Sample:
+        """The sample of the i-th record; one made up in its likeness where it stands in for the id ``asked``."""
+        sample = Sample.over(attachment, refs, i, writable)
+        if self._reader.policy.on_error != "synthetic" or refs.ids[i] == asked:
+            return sample
+        return made_up(sample, self._reader.plan, asked)
 
     def _transformed(self, sample: Sample, row: int, epoch: int) -> Sample:
         assert self.transform is not None

@@ -51,6 +51,16 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             and nothing else. A dict: {name: new name, or None to drop it}, masks included; the others keep theirs.
             Only this drops what a row may lack: where ``transform`` leaves it out, batches have zeros and the mask.
         load: passed on to ``datasets`` (name, revision, token, data_files, …).
+        fallback: what may stand in for a dataset that cannot be read as it was asked for. "synthetic": what cannot be
+            streamed is downloaded, and in the place of a dataset of the catalog whose Hub cannot be reached, and that
+            no cache has, are 1,000 made-up rows with its columns; a warning says so, and each sample's ``source``.
+            "download": only the first. "error": nothing, it is an error. `sources` tells what was taken, and why.
+        on_error: what comes in the place of a bad row: one that cannot become a sample, or whose shard cannot be read.
+            "raise": its error. "skip": the next good row of its source, which the data alone decides, so length and
+            order stay. "synthetic": the same, its values shuffled, and its ``source`` ends in " (synthetic)". What
+            ``transform`` raises is always raised. `quarantine` lists bad rows.
+        max_bad: the share of the rows, 0 to 1, of which more that are bad and asked for are an error; one is allowed in
+            any case, unless it is 0; 1: any number.
         options: settings; None: those of the environment (``SHMLOADER_*``).
         writable: ``dataset[i]`` gives private copies in place of read-only views.
         seed: of the random numbers of ``transform``; another one gives other augmentations.
@@ -65,6 +75,7 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
     Raises:
         DatasetNotFoundError, SplitNotFoundError, EmptyDatasetError, ColumnError: at once.
         OptionError: a bad argument or environment variable.
+        TooManyBadRowsError: from reads, with ``on_error`` "skip" or "synthetic".
         RingTooSmallError, RecordTooLargeError: the ring cannot hold the samples that are worked on at once; at once
             where their size is known, else from the reads of those that found no room.
     """
@@ -145,11 +156,13 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         if not rows:
             return []
         attachment, refs = self._reader.get(rows)
-        if self.transform is None:
+        if self.transform is None and self._reader.policy.on_error != "synthetic":
             return [Sample.over(attachment, refs, i, self.writable) for i in range(len(rows))]
+        if self.transform is None:
+            return [self._sample(attachment, refs, i, row, self.writable) for i, row in enumerate(rows)]
         epoch = attachment.ring.segment.epoch()
         epochs = [epoch - 1] * len(rows) if epoch else attachment.ring.segment.count_reads(array("Q", rows))
-        samples = (Sample.over(attachment, refs, i, writable=True) for i in range(len(rows)))
+        samples = (self._sample(attachment, refs, i, row, writable=True) for i, row in enumerate(rows))
         return [self._transformed(s, row, epoch) for s, row, epoch in zip(samples, rows, epochs, strict=True)]
 
     def _several(self, index: Any) -> Sequence[int]:

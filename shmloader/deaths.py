@@ -168,6 +168,7 @@ def killed_by_row(deaths: Deaths, row: int, describe: Callable[[int], str]) -> S
         f"{_told(found)}. {remedy}",
         role="prefetcher",
         row=row,
+        of_memory=any(death.is_of_memory for death in found),
         deaths=[str(death) for death in found],
     )
 
@@ -187,6 +188,7 @@ def killed_by_chunk(deaths: Deaths, row: int, chunk: int, describe: Callable[[in
         role="prefetcher",
         row=row,
         chunk=chunk,
+        of_memory=any(death.is_of_memory for death in found),
         deaths=[str(death) for death in found],
     )
 

@@ -18,6 +18,7 @@ Tree::
     │   ├── RingTooSmallError, RecordTooLargeError, MemoryLimitError
     │   ├── ChecksumError      what lies there is not what was written (SHMLOADER_VERIFY)
     │   └── PoisonedError      its state cannot be trusted any more
+    ├── TooManyBadRowsError    more rows are bad than ``max_bad=`` allows
     ├── ServiceError           a supervisor or prefetcher cannot do its work
     ├── WaitTimeoutError       a reader waited and nothing moved
     ├── StaleTokenError        a batch whose place in the batch ring was given to another one
@@ -49,6 +50,8 @@ class ShmloaderError(Exception):
         super().__init__(message)
         self.data = data
         self.remote_traceback: str | None = None
+        #: Where a reader has met it: the record's id, and its chunk if that is what cannot be read.
+        self.at: tuple[int, int | None] | None = None
 
     def __getattr__(self, name: str) -> Any:
         data = self.__dict__.get("data", {})
@@ -100,6 +103,10 @@ class ProcessError(SampleError):
     """The user's ``process`` failed or returned nonsense. Attributes: source, shard, row, field, expected, got."""
 
 
+class TooManyBadRowsError(ShmloaderError):
+    """More rows are bad than ``max_bad=`` allows. Attributes: source, num_bad, num_rows, max_bad, examples."""
+
+
 class RingError(ShmloaderError):
     """The shared memory cannot do what was asked."""
 
@@ -130,7 +137,8 @@ class PoisonedError(RingError):
 class ServiceError(ShmloaderError):
     """A supervisor or prefetcher could not start or go on. Attributes: role; pid, status (its exit status).
 
-    Where prefetchers died over a row or a chunk: source, shard, row, chunk, deaths (how each ended, in words).
+    Where prefetchers died over a row or a chunk: source, shard, row, chunk, deaths (how each ended, in words),
+    of_memory (whether for want of it).
     """
 
 

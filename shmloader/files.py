@@ -10,11 +10,12 @@ import fcntl
 import os
 import uuid as uuid_module
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import shmloader._native as native
+from shmloader.quarantine import Quarantine
 from shmloader.sizes import CHUNKS_PER_ORDER, Sizes
 
 #: Bytes of the lock inode beyond the clients': who holds them is the supervisor, is starting one, or made the
@@ -22,6 +23,9 @@ from shmloader.sizes import CHUNKS_PER_ORDER, Sizes
 SUPERVISOR_BYTE = 1 << 20
 STARTER_BYTE = SUPERVISOR_BYTE + 1
 CREATOR_BYTE = SUPERVISOR_BYTE + 2
+
+#: The files of a set, in the order of `RingFiles`.
+_PARTS = ("control", "ring", "lock", "deaths", "quarantine")
 
 
 def boot_id() -> bytes:
@@ -43,6 +47,7 @@ class RingFiles:
     ring_fd: int
     lock_fd: int
     deaths_fd: int
+    quarantine_fd: int
 
     @classmethod
     def create(cls) -> RingFiles:
@@ -50,13 +55,19 @@ class RingFiles:
         name = str(uuid_module.uuid4())
         fds: list[int] = []
         try:
-            for part in ("control", "ring", "lock", "deaths"):
+            for part in _PARTS:
                 fds.append(_memfd(f"shmloader-{part}-{name[:8]}"))
         except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
+        Quarantine.prepare(fds[-1])
         return cls(name, *fds)
+
+    @classmethod
+    def inherited(cls, name: str, fds: Mapping[str, int]) -> RingFiles:
+        """The files of the set ``name``, as a service has them: part → descriptor."""
+        return cls(name, *(fds[part] for part in _PARTS))
 
     @property
     def file_bytes(self) -> int:
@@ -64,9 +75,9 @@ class RingFiles:
         return os.fstat(self.ring_fd).st_size
 
     @property
-    def fds(self) -> tuple[int, int, int, int]:
+    def fds(self) -> tuple[int, int, int, int, int]:
         """All descriptors, for a child process to inherit."""
-        return (self.control_fd, self.ring_fd, self.lock_fd, self.deaths_fd)
+        return (self.control_fd, self.ring_fd, self.lock_fd, self.deaths_fd, self.quarantine_fd)
 
     def close(self) -> None:
         """Close the descriptors. Locks that this process holds on the lock inode are gone with it."""

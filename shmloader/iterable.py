@@ -15,7 +15,6 @@ from shmloader.options import Options
 from shmloader.permutation import whole_number
 from shmloader.selection import select
 from shmloader.sources.base import SourceRequest
-from shmloader.views import Sample
 
 #: Iterations begun in this process, outside of a DataLoader's workers.
 _iterations = itertools.count()
@@ -40,6 +39,10 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
         config, tokenizer, split, dataset_name, transform, process, columns, keys, load, options, writable, seed:
             as of `ShmMultimodalDataset`. A ``transform`` is seeded by (seed, epoch, position); the epoch is what
             `set_epoch` said before the iteration began, else 0.
+        fallback, on_error, max_bad: as of `ShmMultimodalDataset`. A stream without a length may end behind a bad row:
+            so "skip" leaves the row out there, and there is one sample less; a made-up one is like the next good one,
+            and left out if there is none; and ``max_bad`` is a share of the rows that each reader has come to, 1,000 at
+            least. A stream that fails is an error in any case.
         cache_size: as of `ShmMultimodalDataset` where the number of rows is known. Of a stream nothing stays: then at
             most so many samples are decoded ahead of its readers, but never less than 16; those that readers work on
             come on top.
@@ -132,7 +135,8 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
         try:
             for attachment, refs, positions in iteration.blocks():
                 for i, position in enumerate(positions):
-                    sample = Sample.over(attachment, refs, i, self.writable or self.transform is not None)
+                    writable = self.writable or self.transform is not None
+                    sample = self._sample(attachment, refs, i, iteration.id_of(position), writable)
                     if self.transform is not None:
                         sample = self._transformed(sample, position, iteration.epoch)
                     yield sample

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import sys
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import shmloader._native as native
-from shmloader.errors import RingError, ShmloaderError
+from shmloader.errors import RingError, SampleError, ShmloaderError
 from shmloader.order import Kind
+from shmloader.policy import is_bad_row
 from shmloader.prefetch.plan import LAST_POSITION
 from shmloader.reader import Attachment, Reader
 from shmloader.ring import Place, Refs, Ring
 
 #: Positions that are looked up at once (guessed: enough to share the cost of a look-up, little to hold at a time).
 BLOCK = 16
+#: Of a stream a share of bad rows is one of so many at least: its first rows tell little (guessed).
+LEAST_ROWS = 1000
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Iteration:
     def __init__(self, reader: Reader, ring: Ring, share: Share, epoch: int, num_positions: int) -> None:
         self._reader, self._ring, self._share = reader, ring, share
         self._order: tuple[int, int] | None = None
-        self._first_id = 0
+        self._first_id, self._is_open, self._num_bad = 0, False, 0
         self.epoch, self.num_positions = epoch, num_positions
 
     @classmethod
@@ -89,7 +93,7 @@ class Iteration:
         slot, gen, self.num_positions, self.epoch, _ = begun
         self._order = slot, gen
         if is_open:
-            self._first_id = native.open_id(slot, gen, 0)
+            self._first_id, self._is_open = native.open_id(slot, gen, 0), True
 
     def blocks(self) -> Iterator[tuple[Attachment, Refs, range]]:
         """The samples of this share, as (attachment, references, their positions), a few at a time; waits for them.
@@ -106,7 +110,8 @@ class Iteration:
             refs, num_ready = self._look_up(block)
             if num_ready == 0:
                 return
-            yield self._reader.attachment(), refs, block[:num_ready]
+            if refs is not None:
+                yield self._reader.attachment(), refs, block[:num_ready]
             del refs  # or its pins would be held while the next are waited for
             position += num_ready * stride
 
@@ -118,11 +123,14 @@ class Iteration:
             with contextlib.suppress(ShmloaderError):  # the set was closed, and the membership is gone with this client
                 self._ring.segment.order_leave(*order)
 
-    def _look_up(self, block: range) -> tuple[Refs, int]:
-        """The first samples of ``block``, and how many; at least one, which is waited for, or none: it has ended."""
-        ring, ids = self._reader.attach(), self._ids(block)
+    def _look_up(self, block: range) -> tuple[Refs | None, int]:
+        """The first samples of ``block``, and how many; at least one, which is waited for, or none: it has ended.
+
+        None: the first is left out.
+        """
+        ring, ids = self._reader.attach(), self._reader.known(self._ids(block))
         if ring.is_guest:  # all is resident, or there would be an order to join
-            return self._reader.wait_for(ids, None), len(block)
+            return self._reader.find(ids, None), len(block)
         packed, num_missing, pins, is_over = ring.segment.get_many(array("Q", ids), 0, self._place(block))
         refs = Refs(ids, packed, ring.mapping, pins)
         num_ready = _num_ready(refs)
@@ -134,11 +142,61 @@ class Iteration:
             return refs, num_ready
         refs, pins = replace(refs, pins=None), None  # given back before we wait
         block = block[: max(num_ready, 1)]
-        refs = self._reader.wait_for(self._ids(block), self._place(block))
+        if self._is_open and self._reader.policy.substitutes:
+            return self._next_of_stream(block)
+        refs = self._reader.find(self._ids(block), self._place(block))
         return refs, _num_ready(refs)
 
+    def _next_of_stream(self, block: range) -> tuple[Refs | None, int]:
+        """As `_look_up`, of a stream: behind a bad row there may be none to take its place, so it is left out.
+
+        A made-up sample takes its place if there is one behind it, to be like.
+        """
+        try:
+            refs = self._reader.wait_for(self._ids(block), self._place(block))
+            return refs, _num_ready(refs)
+        except SampleError as error:  # not one of the stream, behind which nothing comes
+            if error.at is None or not is_bad_row(error):
+                raise
+            position = error.at[0] - self._first_id
+            if position != block.start:  # those before it are there
+                return self._next_of_stream(block[: block.index(position)])
+            self._count_bad(error, position)
+        return (None if self._reader.policy.on_error == "skip" else self._good_one_behind(position)), 1
+
+    def _good_one_behind(self, position: int) -> Refs | None:
+        """The next good sample of the stream, whoever reads it; None: it has ended."""
+        place = self._place(range(position, position + 1, self._share.num_readers))
+        for behind in itertools.count(position + 1):
+            try:
+                refs = self._reader.wait_for([self.id_of(behind)], place)
+            except SampleError as error:
+                if not is_bad_row(error):
+                    raise
+                continue
+            if _num_ready(refs):
+                return refs
+            break
+        return None
+
+    def _count_bad(self, error: SampleError, position: int) -> None:
+        """Raise if too many of the rows that this reader has come to are bad."""
+        self._num_bad += 1
+        policy = self._reader.policy
+        num_read = position // self._share.num_readers + 1
+        most = policy.most(max(num_read, LEAST_ROWS))
+        if most is None or self._num_bad <= most:
+            return
+        of = f"{num_read} rows that this reader has come to"
+        what = f"{self._num_bad} of the {of} are bad, and max_bad={policy.max_bad} allows {most}"
+        raise self._reader.too_many(what) from error
+
     def _ids(self, block: range) -> list[int]:
-        return [self._first_id + position for position in block]
+        return [self.id_of(position) for position in block]
+
+    def id_of(self, position: int) -> int:
+        """The id of the row at ``position``."""
+        return self._first_id + position
 
     def _place(self, block: range) -> Place | None:
         """Its end is the next position that this reader has to read: what the others have not read counts as theirs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import warnings
@@ -20,6 +21,7 @@ from shmloader.errors import (
     PoisonedError,
     ServiceError,
     ShmloaderError,
+    TooManyBadRowsError,
     WaitTimeoutError,
     carry_data,
 )
@@ -28,10 +30,15 @@ from shmloader.keys import Face, Keys
 from shmloader.live_orders import LiveOrder, LivingOrders
 from shmloader.log_pipe import LogPipe, show_if_due
 from shmloader.order import Order
+from shmloader.policy import BadRows, is_bad_row, is_passing
 from shmloader.prefetch.launch import SetFiles, ensure_supervisor
 from shmloader.prefetch.plan import SetPlan, read_plan
+from shmloader.quarantine import Quarantine
 from shmloader.ring import Place, Refs, Ring
 from shmloader.sample import Schema
+from shmloader.stand_ins import StandIns
+
+log = logging.getLogger("shmloader")
 
 _ADVICE = (
     "shmloader: in-place write to a sample that lies in shared memory: it is read-only, and other processes read it. "
@@ -73,12 +80,21 @@ class Reader:
         self._orders = LivingOrders(plan)
         self._shown: set[int] = set()
         self._keys = Keys()
+        self._quarantine = Quarantine(files.ring.quarantine_fd)
+        self.set_policy(BadRows())
         self._face: Face | None = None
 
     def name_fields(self, keys: Keys) -> None:
         """Give samples and batches these names; before the first is read. OptionError, if the schema is known."""
         self._keys = keys
         self.face()
+
+    def set_policy(self, policy: BadRows) -> None:
+        """Say what is to be done about bad rows; before the first is read."""
+        self.policy = policy
+        self._stand_ins = StandIns(
+            self.plan, policy, self._quarantine, self.wait_for, lambda rows: self.attach().are_there(rows)
+        )
 
     def face(self) -> Face | None:
         """What is to be seen of the samples; None as long as no row was processed that tells. OptionError: bad keys."""
@@ -110,12 +126,33 @@ class Reader:
             return ring
 
     def get(self, rows: Sequence[int]) -> tuple[Attachment, Refs]:
-        """Where the records of ``rows`` lie; waits for them. Raises as `Ring.get_many`, ChecksumError."""
+        """Where the records of ``rows`` lie, or of what stands in for them (``ids`` tells); waits. Raises as `find`."""
         ring = self.attach()
         has_place = ring.has_transit and not ring.is_guest and ring.segment.num_orders()
         place = self._orders.place_of(ring, rows) if has_place else None
-        refs = self.wait_for(rows, place)
+        refs = self.find(rows, place)
         return self.attachment(), refs
+
+    def find(self, rows: Sequence[int], place: Place | None) -> Refs:
+        """As `wait_for`, but what stands in for bad rows, if the policy has it so; ``Refs.ids`` are what was found.
+
+        Raises also a TooManyBadRowsError.
+        """
+        if not self.policy.substitutes:
+            return self.wait_for(rows, place)
+        try:
+            return self._stand_ins.find(rows, place)
+        except TooManyBadRowsError as error:
+            self._complete(error)
+            raise
+
+    def known(self, rows: Sequence[int]) -> Sequence[int]:
+        """``rows``, with what this process knows to stand in for bad ones. Raises a TooManyBadRowsError."""
+        try:
+            return self._stand_ins.known(rows)
+        except TooManyBadRowsError as error:
+            self._complete(error)
+            raise
 
     def wait_for(self, rows: Sequence[int], place: Place | None) -> Refs:
         """Where the records of ``rows`` lie, which are at ``place`` of an order (None: of none). As `Ring.get_many`.
@@ -130,9 +167,54 @@ class Reader:
                 refs = replace(refs, pins=None)  # an error that is kept must not keep them
                 raise damaged
         except ShmloaderError as error:
+            if is_bad_row(error) and not is_passing(error):
+                self._note_bad(error)
             self._complete(error)
             raise
         return refs
+
+    def _note_bad(self, error: ShmloaderError) -> None:
+        """List what a reader has met; with a warning of the first of the set that something else stands in for."""
+        assert error.at is not None
+        row, chunk = error.at
+        first, num_rows = row, 1
+        if chunk is not None and not self.plan.source.is_open:
+            first, end = self.plan.chunk_rows(row)
+            num_rows = end - first
+        if not self._quarantine.add(first, num_rows, error, is_met=True) or not self.policy.substitutes:
+            return
+        log.warning("a bad row: %s", error)
+        # The schema's place among these: that is no warning.
+        if self.attach().segment.text_put(native.TEXT_SHOWN + native.TEXT_SCHEMA, b"1") != native.EXISTS:
+            warnings.warn(
+                f"{self.plan.name(row)} has a bad row, in whose place on_error={self.policy.on_error!r} has another, "
+                f"so for those to come, which dataset.quarantine lists and the log tells of. {error}",
+                stacklevel=2,
+            )
+
+    def too_many(self, what: str) -> TooManyBadRowsError:
+        """The error that says ``what`` there is too much of."""
+        error = self._stand_ins.too_many(what)
+        self._complete(error)
+        return error
+
+    def quarantine(self) -> list[dict[str, Any]]:
+        """What `SharedDataset.quarantine` tells."""
+        if self.is_closed:
+            raise self._closed()
+        plan = self.plan
+        return [
+            {
+                "source": plan.name(bad.id),
+                "shard": plan.shard(bad.id),
+                "row": plan.number(bad.id),
+                "num_rows": bad.num_rows,
+                "field": bad.field,
+                "error": bad.error,
+                "message": bad.message,
+            }
+            for bad in self._quarantine.rows()
+        ]
 
     def damage_of(self, refs: Refs) -> ChecksumError | None:
         """Of the first sample that is not what its prefetcher wrote; None: all are, or none is sealed.
@@ -236,6 +318,7 @@ class Reader:
             "owner_pid": self.owner_pid,
             "owner": self.owner,
             "keys": self._keys,
+            "policy": self.policy,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -247,6 +330,7 @@ class Reader:
         assert set_plan is not None
         self.__init__(files, set_plan, state["timeout_s"], state["verify"])  # type: ignore[misc]
         self.owner_pid, self.owner, self._keys = state["owner_pid"], state["owner"], state["keys"]
+        self.set_policy(state["policy"])
 
 
 def _damaged(plan: SetPlan, row: int, found: Damage) -> ChecksumError:

@@ -241,6 +241,12 @@ class Ring:
             if missing:  # else something gave way just now, and is missing at the next look
                 self.segment.guest_wait(seen, native.TICK_MS)
 
+    def are_there(self, ids: Sequence[int]) -> list[bool]:
+        """Of each whether its sample is there now. Nothing is waited for, or kept."""
+        asked = array("Q", ids)
+        packed = self.segment.guest_get(asked)[0] if self.is_guest else self.segment.get_many(asked, 0, None)[0]
+        return [status == native.READY for status, _ in Refs(ids, packed, self.mapping).statuses()]
+
     def has_slot(self) -> bool:
         """Whether this process is a client of the set. A guest tries to become one, but not too often."""
         return not self.is_guest or self._join()
@@ -279,11 +285,17 @@ class Ring:
             if status == native.ERROR:
                 error = self._error_of(row)
                 if error is not None:
+                    error.at = row, None
                     return error
             if status == native.BROKEN:
-                return self._fatal() or self._chunk_error(row, chunk, describe)
+                if (error := self._fatal()) is None:
+                    error = self._chunk_error(row, chunk, describe)
+                    error.at = row, chunk
+                return error
             if status == native.ASIDE:
-                return killed_by_row(Deaths(self.files.deaths_fd), row, describe)
+                error = killed_by_row(Deaths(self.files.deaths_fd), row, describe)
+                error.at = row, None
+                return error
         return None
 
     def _error_of(self, record: int) -> ShmloaderError | None:

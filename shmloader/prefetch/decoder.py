@@ -26,6 +26,7 @@ from shmloader.prefetch.store import Pinned, RawStore, batches_of
 from shmloader.prefetch.want_of_memory import end_process, is_want_of_memory
 from shmloader.processors.base import Rows
 from shmloader.processors.user import UserProcessor
+from shmloader.quarantine import Quarantine
 from shmloader.ring import Ring
 from shmloader.sample import RecordLayout, Schema
 from shmloader.writer import NoRoom, Stamp, Ticket, Writer
@@ -66,6 +67,7 @@ class Decoder:
         self._is_sealing = verify
         self._segment, self._writer, self._store, self._schedule = ring.segment, writer, store, schedule
         self._plan, self._recipes = plan, recipes
+        self._quarantine = Quarantine(ring.files.quarantine_fd)
         self._ring, self._deaths, self._is_noted = ring, Deaths(ring.files.deaths_fd), False
         self._layouts: dict[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]], tuple[RecordLayout, bytes]] = {}
         self._row_s = 0.0
@@ -223,6 +225,8 @@ class Decoder:
 
     def _put_error(self, row: int, error: ShmloaderError, stamp: Stamp | None, urgent: bool) -> None:
         self._when_there_is_room(lambda: self._writer.put_error(row, error, stamp, urgent), urgent)
+        if isinstance(error, SampleError):
+            self._quarantine.add(row, 1, error, is_met=False)
 
     def _when_there_is_room(self, work: Callable[[], _Result], urgent: bool) -> _Result:
         """Do ``work``, which raises NoRoom; for what somebody waits for again and again, for a while."""

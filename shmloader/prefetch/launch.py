@@ -53,6 +53,7 @@ class SetFiles:
             "ring": ring.ring_fd,
             "lock": ring.lock_fd,
             "deaths": ring.deaths_fd,
+            "quarantine": ring.quarantine_fd,
             "payload": self.payload_fd,
             "plan": self.plan_fd,
         }

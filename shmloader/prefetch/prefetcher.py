@@ -199,7 +199,7 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
     os.close(fds["go"])
     if not told:
         return
-    files = RingFiles(head["uuid"], fds["control"], fds["ring"], fds["lock"], fds["deaths"])
+    files = RingFiles.inherited(head["uuid"], fds)
     ring = Ring(files, native.SERVICE, tuple(json.loads(told)["supervisor"]))
     try:
         if problem is not None:

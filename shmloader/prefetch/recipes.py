@@ -25,8 +25,8 @@ def has_process(plan: SourcePlan, work: Work) -> bool:
     own = [source.name for i, source in enumerate(plan.sources) if work.process_of(i) is not None]
     if work.process is None and own and len(plan.sources) > 1:
         raise OptionError(
-            f"{own[0]!r} was registered with a process= of its own, which makes the samples of one dataset alone; here it "
-            "is one of several. Open it alone, register it with columns= instead, or give one process= for all.",
+            f"{own[0]!r} was registered with a process= of its own, which makes the samples of one dataset alone; here "
+            "it is one of several. Open it alone, register it with columns= instead, or give one process= for all.",
             name="dataset_name",
             value=plan.name,
             allowed="one dataset, where it has a process= of its own",

@@ -77,7 +77,7 @@ class Supervisor:
         self.fds = {name: fd for name, fd in fds.items() if name not in ("status", "up")}
         self.status_fd: int | None = fds.get("status")
         self.head = head
-        self.files = RingFiles(head["uuid"], fds["control"], fds["ring"], fds["lock"], fds["deaths"])
+        self.files = RingFiles.inherited(head["uuid"], fds)
         self.deaths, self.oom_kills = Deaths(self.files.deaths_fd), OomKills()
         self.num_prefetchers: int = head["num_prefetchers"]
         self.prefetchers: list[Prefetcher] = []

@@ -20,6 +20,7 @@ remote files  loose files on the Hub                  the same
 arrow         Arrow files on this machine             64 rows, any order
 loaded        a ``datasets.Dataset``, prepared Arrow  64 rows, any order
 sequential    a stream, or files of another format    64 rows, front to back
+synthetic     nowhere: they are made up               64 rows, any order
 ============  ======================================  =================================
 
 A stream whose length nobody tells is counted, or for an iterable request taken as it is: the plan is *open* then, and
@@ -67,9 +68,9 @@ def _plan_one(request: SourceRequest) -> SourcePlan:
 
     plan = plan_cache.load(request)
     if plan is None:
-        from shmloader.sources.entries import plan_entry
+        from shmloader.sources.fallback import plan_with_fallback
 
-        plan = plan_entry(request)
+        plan = plan_with_fallback(request)
         plan_cache.store(request, plan)
     return plan
 
@@ -91,6 +92,10 @@ def open_reader(
         return PartsReader(requests, plan, open_reader, touch)
     (request,) = requests
     request = plan.resolve(request)
+    if plan.mode == "synthetic":
+        from shmloader.sources.synthetic import SyntheticReader
+
+        return SyntheticReader(request, plan, touch)
     if plan.listing is not None:
         from shmloader.sources.listing import ListingReader
 

@@ -66,6 +66,9 @@ class Columns:
 #: Encoded bytes of a row where nothing is known of them (guessed: between a page of text and a photograph).
 GUESSED_ROW_BYTES = 64 << 10
 
+#: Ends the name of a source, in messages and in every sample's ``source``, whose rows are made up.
+SYNTHETIC = " (synthetic)"
+
 #: Of the JSON of a plan: to be raised with every change of what it holds or of how chunks are cut.
 PLAN_VERSION = 5
 
@@ -95,8 +98,9 @@ class SourcePlan:
     while they are read, each iteration's anew.
     name: as the user sees it in messages and in every sample's ``source``. mode: "streaming" (row groups
     over the network), "local", "downloaded" (local files that were fetched first), "loaded" (a ``datasets.Dataset``),
-    "arrow" (Arrow files on this machine), "files" (loose files), "remote files" (the same on a Hub) or "sequential"
-    (one stream, read front to back; chunks can only be had in order). num_bytes: of the source's files, where known.
+    "arrow" (Arrow files on this machine), "files" (loose files), "remote files" (the same on a Hub), "sequential" (one
+    stream, read front to back; chunks can only be had in order) or "synthetic" (made-up rows). num_bytes: of the
+    source's files, where known.
     arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
     root: the local folder that stands for a Hub dataset: its snapshot in the Hub's cache, where it is read offline.
     resolved: what of the request was found out, as arguments for ``dataclasses.replace``: where a short name lies, and

@@ -21,6 +21,10 @@ WHOLE_FILE_BYTES = 8 << 20
 MAX_WHOLE_FILES = 8
 
 
+class NoRanges(OSError):
+    """The server gives whole files only, so nothing can be read of one without fetching all of it."""
+
+
 def is_remote(path: str) -> bool:
     """Whether ``path`` is on the Hub."""
     return path.startswith(SCHEME)
@@ -98,6 +102,8 @@ class _Touching:
 
     def read(self, num_bytes: int = -1) -> bytes:
         data: bytes = self._file.read(num_bytes)
+        if 0 <= num_bytes < len(data):
+            raise NoRanges(f"asked for {num_bytes} bytes of a file, the server sent {len(data)}: it ignores ranges")
         self._touch()
         return data
 

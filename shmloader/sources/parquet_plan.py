@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from shmloader.errors import ColumnError, ReadError, SourceError
 from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
 from shmloader.sources.columns import choose_columns
-from shmloader.sources.hub import HubFiles, cached_copy, is_remote
+from shmloader.sources.hub import HubFiles, NoRanges, cached_copy, is_remote
 from shmloader.sources.resolve import empty_dataset, is_unreachable, source_name, translated
 from shmloader.sources.rows import KEPT_TABLE_BYTES, plain_schema, stream_bytes
 
@@ -116,7 +116,7 @@ def _read_footer(name: str, path: str, num_bytes: int, hub: HubFiles | None) -> 
                 return _Footer(path, num_bytes, pq.read_metadata(file))
         return _Footer(path, num_bytes, pq.read_metadata(path))
     except (pa.ArrowException, OSError) as error:
-        if is_unreachable(error) or type(error).__module__.startswith("huggingface_hub"):
+        if isinstance(error, NoRanges) or is_unreachable(error) or type(error).__module__.startswith("huggingface_hub"):
             raise
         raise ReadError(
             f"{name}: {path} is not a whole Parquet file ({num_bytes} bytes): {error}. It may be truncated, or "

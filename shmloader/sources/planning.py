@@ -111,11 +111,16 @@ def _plan_uncounted(request: SourceRequest, builder: Any) -> SourcePlan:
     repo = repo_of(source_name(request))
     found = "it is not a dataset of the Hub alone" if repo is None else converted_data(request, repo, builder)
     if isinstance(found, str):
-        why = (
-            f"{source_name(request)}: downloaded and prepared, since no card tells how many rows it has, and {found}; "
-            "ShmMultimodalIterableDataset reads it as a stream, without knowing"
-        )
-        return _prepared(request, builder, why)
+        name, why = source_name(request), f"no card tells how many rows it has, and {found}"
+        advice = "ShmMultimodalIterableDataset reads it as a stream, without knowing"
+        if request.fallback == "error":
+            raise SourceError(
+                f"{name}: it cannot be streamed with a known length, since {why}. fallback='error' forbids to download "
+                f"it instead: give use_streaming=False, or fallback='download'; {advice}.",
+                dataset=name,
+            )
+        plan = _prepared(request, builder, f"{name}: downloaded and prepared, since {why}; {advice}")
+        return replace(plan, why=why)
     plan = plan_parquet(request, found[0])
     return replace(plan, notices=(found[1], *plan.notices))
 

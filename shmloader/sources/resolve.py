@@ -27,6 +27,7 @@ from shmloader.errors import (
 )
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.blame import chain, failure, missing_package
+from shmloader.sources.hub import NoRanges
 from shmloader.sources.local_files import walked_once
 
 #: Connection failures by the name of their class: the clients' HTTP library changes (requests, httpx, httpx2).
@@ -205,6 +206,11 @@ def is_answered(error: SourceError) -> bool:
     return "endpoint" not in error.data
 
 
+def cannot_stream(error: SourceError) -> bool:
+    """Whether what `translated` raised says that it has to be downloaded to be read."""
+    return "cannot_stream" in error.data
+
+
 def is_script(error: SourceError) -> bool:
     """Whether what `translated` raised says that the dataset is a loading script on the Hub."""
     return "script" in error.data
@@ -217,6 +223,12 @@ def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceErr
     kinds = {type(e).__name__ for e in chain(error)}
     if is_unreachable(error):
         return _unreachable(name, verb, detail)
+    if any(isinstance(e, NoRanges) or type(e) is NotImplementedError for e in chain(error)):
+        return SourceError(
+            f"Cannot {verb} {name!r} as a stream: {detail}. Give use_streaming=False.",
+            dataset=name,
+            cannot_stream=detail,
+        )
     empty = _why_empty(request, error, kinds, detail)
     if empty is not None:
         return EmptyDatasetError(f"{name}{empty}", dataset=name, split=request.split)

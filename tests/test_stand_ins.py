@@ -1,0 +1,204 @@
+"""Which row stands in for which: of any rows that cannot be had, without a set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shmloader._native import Mapping
+from shmloader.errors import (
+    ChecksumError,
+    ReadError,
+    SampleError,
+    ServiceError,
+    ShmloaderError,
+    SourceError,
+    TooManyBadRowsError,
+    WaitTimeoutError,
+)
+from shmloader.policy import BadRows, is_bad_row, is_passing
+from shmloader.prefetch.plan import SetPlan
+from shmloader.quarantine import Quarantine
+from shmloader.ring import Refs
+from shmloader.sources.base import Chunk, Columns, SourcePlan
+from shmloader.stand_ins import StandIns
+
+ROWS, CHUNK = 40, 8
+
+
+def plan() -> SetPlan:
+    chunks = tuple(Chunk(first, CHUNK, 0) for first in range(0, ROWS, CHUNK))
+    num = len(chunks)
+    schema = pa.schema({"x": pa.int64()}).serialize().to_pybytes()
+    sizes = {"units": tuple(range(num)), "chunk_bytes": (100,) * num}
+    return SetPlan(SourcePlan("d", "train", "local", ROWS, ("s",), chunks, Columns(), schema, **sizes), None, 1 << 20)
+
+
+class Ring:
+    """What `StandIns` sees of a reader: rows that are there, and why others are not."""
+
+    def __init__(self, bad: Sequence[int] = (), broken: Sequence[int] = (), away: Sequence[int] = ()) -> None:
+        self.bad, self.broken, self.away = set(bad), set(broken), set(away)
+        self.fd = os.memfd_create("quarantine")
+        Quarantine.prepare(self.fd)
+        self.quarantine = Quarantine(self.fd)
+        self.num_looks = 0
+
+    def error_of(self, row: int) -> ShmloaderError | None:
+        chunk = row // CHUNK
+        error: ShmloaderError
+        if chunk in self.away:
+            error = SourceError("no Hub", dataset="d", endpoint="http://x")
+        elif chunk in self.broken:
+            error = ReadError("torn", dataset="d")
+            self.quarantine.add(chunk * CHUNK, CHUNK, error, is_met=True)
+        elif row in self.bad:
+            error = SampleError(f"row {row} is bad")
+            self.quarantine.add(row, 1, error, is_met=True)
+        else:
+            return None
+        error.at = row, chunk if chunk in self.away | self.broken else None
+        return error
+
+    def wait_for(self, rows: Sequence[int], place: Any) -> Refs:
+        self.num_looks += 1
+        for row in rows:
+            if (error := self.error_of(row)) is not None:
+                raise error
+        return Refs(rows, b"", Mapping(-1, 64, True, "none"))
+
+    def are_there(self, rows: Sequence[int]) -> list[bool]:
+        return [row not in self.bad and row // CHUNK not in self.away | self.broken for row in rows]
+
+    def stand_ins(self, **policy: Any) -> StandIns:
+        said = BadRows(**{"on_error": "skip", "max_bad": 1.0, **policy})
+        return StandIns(plan(), said, self.quarantine, self.wait_for, self.are_there)
+
+
+def instead_of(row: int, ring: Ring) -> int:
+    while row in ring.bad or row // CHUNK in ring.broken:
+        row = (row + 1) % ROWS
+    return row
+
+
+@pytest.fixture
+def ring() -> Iterator[type[Ring]]:
+    return Ring
+
+
+@given(
+    st.sets(st.integers(0, ROWS - 1), max_size=ROWS - 10),
+    st.sets(st.integers(0, ROWS // CHUNK - 1), max_size=2),
+    st.lists(st.integers(0, ROWS - 1), min_size=1, max_size=60),
+    st.integers(1, 7),
+)
+def test_the_next_good_row_stands_in_whatever_was_asked_for_before(bad, broken, rows, batch):
+    ring = Ring(bad, broken)
+    try:
+        if all(row in bad or row // CHUNK in broken for row in range(ROWS)):
+            return
+        stand_ins = ring.stand_ins()
+        for at in range(0, len(rows), batch):
+            some = rows[at : at + batch]
+            assert list(stand_ins.find(some, None).ids) == [instead_of(row, ring) for row in some]
+    finally:
+        os.close(ring.fd)
+
+
+def test_good_rows_are_handed_on_as_they_are():
+    ring = Ring()
+    rows = [3, 1, 2]
+    assert ring.stand_ins().find(rows, None).ids is rows
+
+
+def test_what_stands_in_is_known_the_next_time():
+    ring = Ring(bad=[1, 2], broken=[1])
+    stand_ins = ring.stand_ins()
+    stand_ins.find([1, 9], None)
+    ring.num_looks = 0
+    assert list(stand_ins.find([0, 1, 2, 9], None).ids) == [0, 3, 3, 16]
+    assert ring.num_looks == 1
+
+
+def test_a_chunk_that_cannot_be_read_is_stepped_over_at_once():
+    ring = Ring(broken=[0, 1, 2])
+    assert list(ring.stand_ins().find([1], None).ids) == [24]
+    assert ring.num_looks == 4
+
+
+def test_where_all_rows_are_bad_it_is_an_error():
+    ring = Ring(broken=range(ROWS // CHUNK))
+    with pytest.raises(TooManyBadRowsError, match="all of its rows are bad"):
+        ring.stand_ins().find([17], None)
+
+
+@pytest.mark.parametrize(("max_bad", "num_bad"), [(0.1, 5), (0.0, 1), (0.01, 2)])
+def test_more_bad_rows_than_allowed_are_an_error_of_each_look_that_meets_one(max_bad, num_bad):
+    ring = Ring(bad=range(10, 10 + num_bad))
+    stand_ins = ring.stand_ins(max_bad=max_bad)
+    for _ in range(2):
+        with pytest.raises(TooManyBadRowsError, match=f"{num_bad} of its {ROWS} rows") as caught:
+            stand_ins.find(list(range(8, 20)), None)
+        assert (caught.value.num_bad, caught.value.num_rows, caught.value.max_bad) == (num_bad, ROWS, max_bad)
+        assert caught.value.examples[0] == "SampleError: row 10 is bad"
+    assert list(stand_ins.find([1, 2], None).ids) == [1, 2]
+
+
+def test_what_other_processes_have_met_counts():
+    ring = Ring(bad=[1])
+    stand_ins = ring.stand_ins(max_bad=0.05)
+    stand_ins.find([1], None)
+    for row in (20, 21):
+        Quarantine(ring.fd).add(row, 1, SampleError("bad"), is_met=True)
+    with pytest.raises(TooManyBadRowsError, match="3 of its 40"):
+        stand_ins.find([1], None)
+
+
+def test_while_a_server_cannot_be_reached_a_row_that_is_there_stands_in_and_only_then():
+    ring = Ring(bad=[16], away=[1])
+    stand_ins = ring.stand_ins(max_bad=0.0)
+    assert list(stand_ins.find([7, 9], None).ids) == [7, 17]
+    assert ring.quarantine.num_met() == 0
+    ring.away.clear()
+    assert list(stand_ins.find([7, 9], None).ids) == [7, 9]
+
+
+def test_while_a_server_cannot_be_reached_and_nothing_is_there_its_error_is_raised():
+    ring = Ring(away=range(ROWS // CHUNK))
+    with pytest.raises(SourceError, match="no Hub"):
+        ring.stand_ins().find([9], None)
+
+
+@pytest.mark.parametrize("kind", [ChecksumError, WaitTimeoutError, ServiceError])
+def test_what_is_no_fault_of_a_row_is_raised(kind, monkeypatch):
+    ring = Ring()
+    error = kind("x", of_memory=True)
+    error.at = None if kind is WaitTimeoutError else (3, None)
+    assert not is_bad_row(error)
+
+    def wait_for(rows: Sequence[int], place: Any) -> Refs:
+        raise error
+
+    stand_ins = StandIns(plan(), BadRows("skip"), ring.quarantine, wait_for, ring.are_there)
+    with pytest.raises(kind):
+        stand_ins.find([3], None)
+
+
+def test_only_what_says_that_a_server_was_not_reached_passes():
+    assert is_passing(SourceError("x", endpoint="http://x"))
+    assert not is_passing(ReadError("x"))
+    assert not is_passing(SampleError("x", endpoint="http://x"))
+
+
+@pytest.mark.parametrize(
+    ("max_bad", "rows", "most"),
+    [(0.01, 10, 1), (0.01, 300, 3), (0.07, 100, 7), (0.29, 100, 29), (0.0, 1000, 0), (1.0, 5, None), (1, 5, None)],
+)
+def test_the_budget_is_a_share_of_the_rows_and_one_at_least(max_bad, rows, most):
+    assert BadRows("skip", max_bad).most(rows) == most

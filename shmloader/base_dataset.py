@@ -166,8 +166,8 @@ class SharedDataset:
 
         ``name``: as samples have it. ``dataset``: what was read under it, a Hub id say. ``split``: with what was taken
         of it. ``mode``: "streaming", "downloaded", "local", "synthetic", … (docs/architecture.md). ``rows``: None: not
-        known. ``revision``: the commit. ``columns``: see `columns`. ``why``: why it is not what was asked for; None: it is.
-        ``notices``, ``warnings``: what there was to say of it.
+        known. ``revision``: the commit. ``columns``: see `columns`. ``why``: why it is not what was asked for; None: it
+        is. ``notices``, ``warnings``: what there was to say of it.
         """
         return [
             {

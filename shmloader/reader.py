@@ -93,7 +93,7 @@ class Reader:
         """Say what is to be done about bad rows; before the first is read."""
         self.policy = policy
         self._stand_ins = StandIns(
-            self.plan, policy, self._quarantine, self.wait_for, lambda rows: self.attach().are_there(rows)
+            self.plan, policy, self._quarantine, self.wait_for, lambda rows: self.attach().are_at_hand(rows)
         )
 
     def face(self) -> Face | None:

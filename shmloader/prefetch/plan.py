@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,9 +56,9 @@ class SetPlan:
             return source.shards[0] if source.shards else None
         return source.shards[source.chunks[self._chunk(row)].shard]
 
-    def name(self, row: int) -> str:
-        """The name of the source that ``row`` is of."""
-        return self.source.name
+    def origin(self, row: int) -> dict[str, Any]:
+        """Where ``row`` is from, as errors tell it: the name of its source, its shard and its number there."""
+        return {"source": self.source.name, "shard": self.shard(row), "row": self.number(row)}
 
     def class_names(self, row: int) -> tuple[str, ...]:
         """Of the source that ``row`` is of, those of the classes that its labels number; none if nobody told."""

@@ -17,19 +17,23 @@ from typing import TYPE_CHECKING, Any
 from shmloader.errors import ShmloaderError
 
 if TYPE_CHECKING:
+    from shmloader.catalog import DatasetConfig, Repo
     from shmloader.config import MultimodalConfig
     from shmloader.dataset import ShmMultimodalDataset
     from shmloader.iterable import ShmMultimodalIterableDataset
     from shmloader.options import Options
     from shmloader.processors.audio import decode_audio
     from shmloader.processors.image import decode_image
+    from shmloader.registry import register_dataset
     from shmloader.stats import Stats
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DatasetConfig",
     "MultimodalConfig",
     "Options",
+    "Repo",
     "ShmMultimodalDataset",
     "ShmMultimodalIterableDataset",
     "ShmloaderError",
@@ -37,16 +41,20 @@ __all__ = [
     "__version__",
     "decode_audio",
     "decode_image",
+    "register_dataset",
 ]
 
 _HOMES = {
+    "DatasetConfig": "shmloader.catalog",
     "MultimodalConfig": "shmloader.config",
     "Options": "shmloader.options",
+    "Repo": "shmloader.catalog",
     "ShmMultimodalDataset": "shmloader.dataset",
     "ShmMultimodalIterableDataset": "shmloader.iterable",
     "Stats": "shmloader.stats",
     "decode_audio": "shmloader.processors.audio",
     "decode_image": "shmloader.processors.image",
+    "register_dataset": "shmloader.registry",
 }
 
 

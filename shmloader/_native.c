@@ -1802,6 +1802,7 @@ static int add_constants(PyObject *module)
         {"NORMALIZE", SHML_NORMALIZE},
         {"MASK", SHML_MASK},
         {"PRESENT", SHML_PRESENT},
+        {"SOURCE", SHML_SOURCE},
         {"MAX_FIELDS", MAX_FIELDS},
         {"REF_BYTES", sizeof(shml_ref_t)},
         {"TICK_MS", SHML_TICK_MS},

@@ -54,6 +54,7 @@ COPY: int
 NORMALIZE: int
 MASK: int
 PRESENT: int
+SOURCE: int
 MAX_FIELDS: int
 REF_BYTES: int
 TICK_MS: int

@@ -27,7 +27,7 @@ from shmloader.processors.text import check_tokenizer
 from shmloader.reader import Attachment
 from shmloader.ring import Refs
 from shmloader.seeding import seeded
-from shmloader.sources.base import SourceRequest
+from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.stats import Stats
 from shmloader.tokens import batch_ring, join, known_files
 from shmloader.views import Sample
@@ -146,34 +146,43 @@ class SharedDataset:
 
     @property
     def name(self) -> str:
-        """The dataset's name, as in every sample's ``source``."""
+        """The dataset's name, as in every sample's ``source``; of several "a + b"."""
         return self._reader.plan.source.name
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Which columns were chosen: {"text": …, "image": …, "labels": …} and ``class_names``."""
-        columns = self._reader.plan.source.columns
-        return {key: value for key, value in vars(columns).items() if value is not None}
+        """Which columns were chosen: {"text": …, "image": …, "labels": …} and ``class_names``.
+
+        Of several datasets, by the name of each.
+        """
+        source = self._reader.plan.source
+        if source.is_mixed:
+            return {part.name: _chosen(part) for part in source.sources}
+        return _chosen(source)
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """For each source: name, split, mode, rows, revision, and what was noticed or warned of about it.
+        """Of each source, in the order of their rows.
 
-        mode: how its rows are read ("streaming", "downloaded", "synthetic", …). why: why it is not what was asked for,
-        where it fell back; None: it is.
+        ``name``: as samples have it. ``dataset``: what was read under it, a Hub id say. ``split``: with what was taken
+        of it. ``mode``: "streaming", "downloaded", "local", "synthetic", … (docs/architecture.md). ``rows``: None: not
+        known. ``revision``: the commit. ``columns``: see `columns`. ``why``: why it is not what was asked for; None: it
+        is. ``notices``, ``warnings``: what there was to say of it.
         """
-        source = self._reader.plan.source
         return [
             {
                 "name": source.name,
+                "dataset": str(source.resolved.get("dataset", source.name)),
                 "split": source.split,
                 "mode": source.mode,
                 "rows": source.num_rows,
                 "revision": source.revision,
+                "columns": _chosen(source),
                 "why": source.why,
                 "notices": list(source.notices),
                 "warnings": list(source.warnings),
             }
+            for source in self._reader.plan.source.sources
         ]
 
     @property
@@ -310,6 +319,10 @@ class SharedDataset:
         made = Sample(result)
         made._attachment = sample._attachment  # for the padding that the schema says
         return made
+
+
+def _chosen(source: SourcePlan) -> dict[str, Any]:
+    return {role: column for role, column in vars(source.columns).items() if column is not None}
 
 
 def _check_columns(columns: Any) -> None:

@@ -85,7 +85,7 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         config: Any = None,
         tokenizer: Any = None,
         split: str = "train",
-        dataset_name: Any = None,
+        dataset_name: Any = "auto",
         task_type: str | None = None,
         use_streaming: bool = True,
         cache_size: int | None = None,

@@ -7,7 +7,7 @@ the same indices, renamed, and tells which of them are not shown at all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -36,8 +36,9 @@ class Face:
     masks: of each field, the name of the batch's int64 [B, L] that is 1 where it holds a value; None: there is none.
     presences: of each field, the name of the bool [B] that tells which samples of a batch have it, where not all do;
         None: there is to be none.
-    strings: what all samples have alike, as (name, value): their ``task_type`` and ``source``, as far as shown.
-    source: the dataset's name. source_name: under which name samples have it; None: they have not.
+    strings: what all samples of a source have alike, as (name, value of each source): their ``task_type`` and
+        ``source``, as far as shown.
+    sources: the names of the sources. source_name: under which name samples have theirs; None: they have not.
     is_strict: a batch in which a field is lacking is an error, since no field of it could tell.
     """
 
@@ -45,8 +46,8 @@ class Face:
     is_shown: tuple[bool, ...]
     masks: tuple[str | None, ...]
     presences: tuple[str | None, ...]
-    strings: tuple[tuple[str, str], ...]
-    source: str
+    strings: tuple[tuple[str, tuple[str, ...]], ...]
+    sources: tuple[str, ...]
     source_name: str | None
     is_strict: bool
 
@@ -61,7 +62,7 @@ class Face:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The keys of a sample that has all fields, in order."""
-        return (*self.index, *self.values)
+        return (*self.index, *(name for name, _ in self.strings))
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -69,7 +70,12 @@ class Face:
         return {field.name: i for i, field in enumerate(self.fields) if self.is_shown[i]}
 
     @cached_property
-    def values(self) -> dict[str, str]:
+    def values(self) -> tuple[dict[str, str], ...]:
+        """`strings` of each source."""
+        return tuple({name: of[source] for name, of in self.strings} for source in range(len(self.sources)))
+
+    @cached_property
+    def by_source(self) -> dict[str, tuple[str, ...]]:
         """`strings` as a dict."""
         return dict(self.strings)
 
@@ -161,14 +167,17 @@ class Keys:
             presence = None if name is None or self.is_all else f"{name}_mask"
             presences.append(given.get(f"{field.name}_mask", presence))
             fields.append(replace(field, name=name or field.name))
-        strings = [(self._new_name(n), v) for n, v in (("task_type", schema.task_type), ("source", schema.sources[0]))]
+        if self.is_all:
+            _check_all_have(fields, names, schema)
+        told = (("task_type", schema.task_types), ("source", schema.sources))
+        strings = [(self._new_name(name), of) for name, of in told]
         face = Face(
             fields=tuple(fields),
             is_shown=tuple(name is not None for name in names),
             masks=tuple(masks),
             presences=tuple(presences),
-            strings=tuple((name, value) for name, value in strings if name is not None),
-            source=schema.sources[0],
+            strings=tuple((name, of) for name, of in strings if name is not None),
+            sources=schema.sources,
             source_name=strings[1][0],
             is_strict=self.is_all,
         )
@@ -181,6 +190,23 @@ class Keys:
             return given[name]
         # What a `process` has named as the style does is meant.
         return None if self.is_all and name not in given.values() else name
+
+
+def _check_all_have(fields: Sequence[Field], names: Sequence[str | None], schema: Schema) -> None:
+    """Where no field can tell which samples have one, those of all sources have it."""
+    for field, old, name in zip(fields, schema.fields, names, strict=True):
+        lacking = [
+            source
+            for i, source in enumerate(schema.sources)
+            if all(own.name != old.name for own in schema.fields_of(i))
+        ]
+        if name is not None and lacking:
+            raise _error(
+                "hf",
+                f"keys='hf' has no field that could tell which samples of a batch have {field.name!r}: those of "
+                f"{', '.join(map(repr, lacking))} have none. Give a dict, as keys={{'text': 'input_ids', 'image': "
+                "'pixel_values', …}: then masks tell",
+            )
 
 
 def _check_known(given: Mapping[str, str | None], schema: Schema) -> None:

@@ -264,8 +264,7 @@ class Reader:
         """Have ``error`` name source and shard of its row as attributes, and have these survive a worker's queue."""
         row = error.data.get("row")
         if isinstance(error, ServiceError | WaitTimeoutError) and isinstance(row, int):
-            plan = self.plan
-            error.data |= {"source": plan.source.name, "shard": plan.shard(row), "row": plan.number(row)}
+            error.data |= self.plan.origin(row)
         if os.getpid() != self.owner_pid:
             carry_data(error)
 
@@ -339,9 +338,7 @@ def _damaged(plan: SetPlan, row: int, found: Damage) -> ChecksumError:
         f"with {found.told}. Something wrote to the ring behind our back: a decoder past the end of its array (a "
         "C extension that `process=` or the tokenizer uses?), another process of this user, or memory that is faulty. "
         "Make the dataset again; if it comes back, leave `process=` out to see whose it is, and test the memory.",
-        source=plan.source.name,
-        shard=plan.shard(row),
-        row=plan.number(row),
+        **plan.origin(row),
         place="ring",
         expected=found.expected,
         found=found.found,

@@ -84,22 +84,29 @@ class Field:
 
 @dataclass(frozen=True)
 class Schema:
-    """The fields of every sample of a dataset, in order, and what all of its samples share.
+    """The fields of every sample of a dataset, in order, and what all samples of a source share.
 
-    task_type: "text", "vision", "audio", "vision_text" or "audio_text".
+    task_types: of each source, "text", "vision", "audio", "vision_text" or "audio_text".
     sources: names of the sources; a record holds the index of its own.
+    own: of each source the fields that its samples may have, of ``fields``, with what holds for them alone: a shape
+        that is the same for all, or that they share their bytes with another; empty: they are ``fields``.
     """
 
     fields: tuple[Field, ...]
-    task_type: str
+    task_types: tuple[str, ...]
     sources: tuple[str, ...]
+    own: tuple[tuple[Field, ...], ...] = ()
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.fields, self.task_type, self.sources))
+        return hash((self.fields, self.task_types, self.sources))
+
+    def fields_of(self, source: int) -> tuple[Field, ...]:
+        """The fields that samples of a source may have."""
+        return self.own[source] if self.own else self.fields
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -114,8 +121,8 @@ class Schema:
     def from_json(cls, text: str) -> Schema:
         """The schema that `to_json` wrote."""
         raw = json.loads(text)
-        fields = tuple(Field(**_with_tuples(field)) for field in raw["fields"])
-        return cls(fields, raw["task_type"], tuple(raw["sources"]))
+        fields, *own = (tuple(Field(**_with_tuples(field)) for field in some) for some in (raw["fields"], *raw["own"]))
+        return cls(fields, tuple(raw["task_types"]), tuple(raw["sources"]), tuple(own))
 
     @cached_property
     def header_bytes(self) -> int:
@@ -124,30 +131,41 @@ class Schema:
 
     def record_bytes(self) -> int | None:
         """Size of every record in bytes, or None where a field's shape differs, or the field may be absent."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for field in self.fields:
-            known = tuple(n for n in field.shape if n is not None)
-            if field.optional or len(known) != len(field.shape):
-                return None
-            shapes[field.name] = known
-        return RecordLayout(self, shapes).num_bytes
+        sizes: set[int] = set()
+        for source in range(len(self.sources)):
+            shapes: dict[str, tuple[int, ...]] = {}
+            for field in self.fields_of(source):
+                known = tuple(n for n in field.shape if n is not None)
+                if field.optional or len(known) != len(field.shape):
+                    return None
+                shapes[field.name] = known
+            sizes.add(RecordLayout(self, shapes, source).num_bytes)
+        return sizes.pop() if len(sizes) == 1 else None
 
     def most_record_bytes(self) -> int | None:
         """No record is larger, in bytes; None where some field may have any shape."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for field in self.fields:
-            shape = field.shape if field.most is None else field.most
-            known = tuple(n for n in shape if n is not None)
-            if len(known) != len(shape):
-                return None
-            shapes[field.name] = known
-        return RecordLayout(self, shapes).num_bytes
+        most = 0
+        for source in range(len(self.sources)):
+            shapes: dict[str, tuple[int, ...]] = {}
+            for field in self.fields_of(source):
+                shape = field.shape if field.most is None else field.most
+                known = tuple(n for n in shape if n is not None)
+                if len(known) != len(shape):
+                    return None
+                shapes[field.name] = known
+            most = max(most, RecordLayout(self, shapes, source).num_bytes)
+        return most
+
+
+#: Stands in a layout for a field that the sample's source lacks.
+_NOTHING = Field("", "uint8", ())
 
 
 class RecordLayout:
     """Where the fields of one sample lie in its record.
 
     shapes: the shape of each field by name; a field that is missing here is absent from the sample.
+    source: the index of the sample's source.
     """
 
     def __init__(self, schema: Schema, shapes: Mapping[str, Sequence[int]], source: int = 0) -> None:
@@ -156,8 +174,10 @@ class RecordLayout:
         self.entries: list[tuple[Field, int, int, tuple[int, ...]]] = []
         offsets: dict[str, int] = {}
         end = schema.header_bytes
-        for field in schema.fields:
-            if field.name not in shapes:
+        own = {field.name: field for field in schema.fields_of(source)}
+        for name in (field.name for field in schema.fields):
+            field = own.get(name, _NOTHING)
+            if name not in shapes:
                 self.entries.append((field, 0, 0, ()))
                 continue
             shape = tuple(shapes[field.name])

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+import shmloader._native as native
+from shmloader.errors import PoisonedError
 from shmloader.reader import Attachment
 from shmloader.ring import Refs
 from shmloader.sample import Field
@@ -204,10 +206,18 @@ class Sample(LazyDict):
             exporter = base.view(offset + at, size, pin)
             value, is_view = _value(field, exporter, dims[: len(field.shape)], self._writable)
             items[field.name], views[field.name] = value, value if is_view else _NOT_THE_RECORD_S
-        views |= face.values
-        items |= face.values
+        values = face.values[self._source() if len(face.values) > 1 else 0]
+        views |= values
+        items |= values
         self._views = views
         return items
+
+    def _source(self) -> int:
+        """The index of its source, as its record has it."""
+        assert self._attachment is not None
+        assert self._refs is not None
+        (source,) = sources_in(self._attachment, self._refs.one(self._index), 1, self._refs.base)
+        return int(source)
 
     def is_untouched(self) -> bool:
         """Nobody has looked into it: every field is the record's."""
@@ -229,6 +239,25 @@ class Sample(LazyDict):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return (dict, ({key: _private(value) for key, value in self.items()},))
+
+
+#: The op that tells the source of a record, without what stands behind it: where its field would be, and of what kind.
+_SOURCE_OP = (native.SOURCE, 0, 8, b"", b"", b"", b"")
+
+
+def sources_in(attachment: Attachment, packed: bytes, num: int, base: native.Mapping) -> list[int]:
+    """The indices of the sources of ``num`` records, whose references are ``packed``.
+
+    Raises:
+        PoisonedError: a record names one that there is not.
+    """
+    found = np.empty(num, np.int64)
+    attachment.ring.segment.gather(packed, None, [(*_SOURCE_OP, found.view(np.uint8))], base)
+    if num and not 0 <= found.min() <= found.max() < len(attachment.face.sources):
+        raise PoisonedError(
+            f"a record names the source {found.max()}, of {len(attachment.face.sources)}", reason="source"
+        )
+    return found.tolist()
 
 
 def _value(field: Field, exporter: Any, shape: tuple[int, ...], writable: bool) -> tuple[Any, bool]:

@@ -98,7 +98,7 @@ def records(
     fields: Sequence[Field], rows: Sequence[Row], keys: Any = "shmloader", name: str = "set"
 ) -> Iterator[Records]:
     """A dataset ``name`` whose samples have ``rows`` as they are stored."""
-    schema = Schema(tuple(fields), "vision_text", (name,))
+    schema = Schema(tuple(fields), ("vision_text",), (name,))
     open_batch_ring()
     with ring_files(num_rows=len(rows), rows_per_chunk=len(rows)) as files:
         writer = Writer(Ring(files, native.SERVICE))

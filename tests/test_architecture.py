@@ -15,12 +15,15 @@ PACKAGE = ROOT / "shmloader"
 RANKS = [
     {"errors"},
     {
+        "column_path",
         "catalog",
+        "registry",
         "options",
         "policy",
         "config",
         "checksum",
         "sample",
+        "union",
         "keys",
         "permutation",
         "mixture",
@@ -43,6 +46,7 @@ RANKS = [
     {"opening", "selection", "made_up", "collate", "stats", "sampler", "seeding"},
     {"base_dataset"},
     {"dataset", "iterable"},
+    {"compat"},
     {"cli", "__main__"},
 ]
 DATASETS = {"base_dataset", "dataset", "iterable"}

@@ -23,7 +23,7 @@ from shmloader.sample import Field, Schema
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = pytest.mark.timeout(60)
 
-ALL = Schema((*tokens(), image(), audio()), "vision_text", ("set",))
+ALL = Schema((*tokens(), image(), audio()), ("vision_text",), ("set",))
 
 
 def names_of(keys: Any, schema: Schema = ALL) -> tuple[str, ...]:
@@ -43,17 +43,17 @@ def test_hf_gives_the_names_of_transformers_models_and_nothing_else() -> None:
 
 def test_hf_drops_what_a_process_made_beside_them() -> None:
     fields = (Field("text", "int64", (None,), pad=0), Field("word", "int64", (None,), pad=0))
-    assert names_of("hf", Schema(fields, "text", ("set",))) == ("input_ids",)
+    assert names_of("hf", Schema(fields, ("text",), ("set",))) == ("input_ids",)
 
 
 def test_hf_drops_text_that_is_no_tokens() -> None:
     fields = (Field("text", "uint8", (None,), is_text=True), Field("labels", "int64", ()))
-    assert names_of("hf", Schema(fields, "text", ("set",))) == ("labels",)
+    assert names_of("hf", Schema(fields, ("text",), ("set",))) == ("labels",)
 
 
 def test_hf_keeps_what_a_process_named_so_itself() -> None:
     fields = (Field("input_ids", "int64", (None,), pad=0), Field("attention_mask", "int64", (None,), pad=0))
-    assert names_of("hf", Schema(fields, "text", ("set",))) == ("input_ids", "attention_mask")
+    assert names_of("hf", Schema(fields, ("text",), ("set",))) == ("input_ids", "attention_mask")
 
 
 def test_a_dict_renames_what_it_names_and_drops_what_is_none() -> None:

@@ -199,7 +199,7 @@ def test_the_config_says_how_long_clips_are_and_beside_text_they_are_optional():
     config = MultimodalConfig(max_audio_length=800)
     schema = schema_of(build(Columns(audio="clip"), config), "here")
     assert [(f.name, f.dtype, f.shape, f.optional) for f in schema.fields] == [("audio", "float32", (800,), False)]
-    assert schema.task_type == "audio"
+    assert schema.task_types == ("audio",)
     assert schema.record_bytes() == schema.most_record_bytes()
     schema = schema_of(build(Columns(audio="clip", text="said", image="photo"), config), "here")
     assert [(f.name, f.optional) for f in schema.fields] == [
@@ -231,7 +231,7 @@ def test_of_image_and_audio_without_text_a_row_needs_one():
 def test_audio_needs_no_image_decoder_no_torch_and_no_datasets():
     check = (
         "import sys; from types import SimpleNamespace as S; from shmloader.processors import build;"
-        "columns = S(text=None, image=None, audio='a', labels=None, class_names=None);"
+        "columns = S(text=None, image=None, audio='a', labels=None, target=None, class_names=None);"
         "build(columns, S(vocab_size=9, vision_dim=8, max_audio_length=5));"
         "wrong = {'torch', 'datasets', 'PIL', 'simplejpeg', 'cykooz_resizer', 'shmloader.sources'};"
         "sys.exit(', '.join(wrong & set(sys.modules)) or 0)"

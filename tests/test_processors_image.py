@@ -281,7 +281,7 @@ def test_an_image_as_stored_has_no_scale():
     schema = schema_of(build(Columns(image="photo", labels="kind", class_names=("a",)), config), "here")
     assert (schema.fields[0].scale, schema.fields[0].shift) == (None, None)
     assert [field.name for field in schema.fields] == ["image", "labels"]
-    assert schema.task_type == "vision"
+    assert schema.task_types == ("vision",)
     assert schema.record_bytes() is not None
 
 

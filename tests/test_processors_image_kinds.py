@@ -54,7 +54,7 @@ def image_of(value, size=32, **settings):
     """The image as it lies in a record, channels last; None if the sample has none."""
     processor = ImageProcessor("photo", size, **settings)
     rows = processor.begin(pa.RecordBatch.from_arrays([pa.array([value], STRUCT)], ["photo"]))
-    layout = RecordLayout(Schema(processor.fields, "vision", ("here",)), rows.shapes(0))
+    layout = RecordLayout(Schema(processor.fields, ("vision",), ("here",)), rows.shapes(0))
     out = layout.arrays(memoryview(bytearray(layout.num_bytes)))
     rows.write(0, out)
     return out["image"].transpose(1, 2, 0) if "image" in out else None

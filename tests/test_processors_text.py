@@ -281,7 +281,7 @@ CONFIG = SimpleNamespace(vocab_size=300, vision_dim=32)
 def test_text_alone_is_a_causal_model_s_dataset():
     schema = schema_of(build(Columns(text="story"), CONFIG), "tales")
     assert [field.name for field in schema.fields] == ["text", "labels"]
-    assert (schema.task_type, schema.sources) == ("text", ("tales",))
+    assert (schema.task_types, schema.sources) == (("text",), ("tales",))
 
 
 def test_text_with_a_class_is_no_causal_model_s():
@@ -295,7 +295,7 @@ def test_text_with_a_class_is_no_causal_model_s():
 def test_text_with_an_image_is_vision_and_text():
     schema = schema_of(build(Columns(text="story", image="photo"), CONFIG), "tales")
     assert [field.name for field in schema.fields] == ["text", "labels", "image"]
-    assert schema.task_type == "vision_text"
+    assert schema.task_types == ("vision_text",)
 
 
 def test_settings_of_the_config_reach_the_processor():
@@ -314,7 +314,7 @@ def test_no_usable_column_is_an_error_that_names_the_settings():
 def test_text_needs_no_image_decoder_no_torch_and_no_datasets():
     check = (
         "import sys; from types import SimpleNamespace as S; from shmloader.processors import build, schema_of;"
-        "columns = S(text='t', image=None, audio=None, labels='l', class_names=None);"
+        "columns = S(text='t', image=None, audio=None, labels='l', target=None, class_names=None);"
         "schema_of(build(columns, S(vocab_size=9, vision_dim=8)), 's');"
         "wrong = {'torch', 'datasets', 'PIL', 'simplejpeg', 'cykooz_resizer', 'soundfile', 'soxr', 'tokenizers',"
         "'shmloader.sources'};"

@@ -133,7 +133,7 @@ def test_token_text_gets_its_mask_unless_the_sample_has_one():
 
 
 def test_the_schema_survives_its_json_form():
-    schema = Schema(fields_of({"x": np.zeros((2, 2)), "s": "a", "text": [1]}), "text", ("here",))
+    schema = Schema(fields_of({"x": np.zeros((2, 2)), "s": "a", "text": [1]}), ("text",), ("here",))
     assert Schema.from_json(schema.to_json()) == schema
 
 
@@ -280,7 +280,7 @@ def test_process_takes_the_place_of_all_other_processors():
     ],
 )
 def test_the_task_type_follows_the_fields(sample, task_type):
-    assert schema_of([UserProcessor(dict, fields_of(sample))], "here").task_type == task_type
+    assert schema_of([UserProcessor(dict, fields_of(sample))], "here").task_types == (task_type,)
 
 
 def test_process_may_use_decode_image_whose_errors_stay_what_they_are():

@@ -200,7 +200,7 @@ def test_only_the_first_rows_are_read_if_no_more_are_asked_for(tmp_path):
 def test_a_plan_travels_with_its_listing_which_is_read_in_place(tmp_path):
     request = SourceRequest(str(write_tree(tmp_path / "d", classes(70))), "train")
     plan = make_plan(request)
-    assert "listing" not in json.loads(plan.to_json())
+    assert json.loads(plan.to_json())["listing"] == 0  # which one it is of those that travel beside it
     fd = os.memfd_create("plan")
     write_plan(fd, SetPlan(plan, None, 1 << 20))
     layout, _, _ = read_parts(fd)
@@ -209,7 +209,7 @@ def test_a_plan_travels_with_its_listing_which_is_read_in_place(tmp_path):
     os.close(fd)
     assert found.source == plan
     assert read_rows(request, found.source) == read_rows(request, plan)
-    assert found.shard(3) == path_of(plan.listing, 3)
+    assert found.origin(3)["shard"] == path_of(plan.listing, 3)
     assert found.describe(3).endswith(f"shard {path_of(plan.listing, 3)!r})")
     before = pa.total_allocated_bytes()
     listing = Listing(found.source.listing)
@@ -281,7 +281,7 @@ from shmloader.errors import ReadError
 from shmloader.sources import open_reader
 from shmloader.sources.base import SourcePlan, SourceRequest
 listing = pa.py_buffer(open(sys.argv[2] + ".listing", "rb").read())
-plan = SourcePlan.from_json(open(sys.argv[2]).read(), listing)
+plan = SourcePlan.from_json(open(sys.argv[2]).read(), [listing])
 touched = []
 reader = open_reader(SourceRequest(sys.argv[1], "train"), plan, lambda: touched.append(1))
 try:
@@ -312,7 +312,9 @@ def test_files_on_a_hub_are_listed_without_their_contents_and_fetched_one_by_one
     run(PLAN, ["org/pets", tmp_path / "plan"], tmp_path, **home)
     assert hub.num_bytes == 0
     assert len(hub.requests) < 40  # and not one or more a file
-    plan = SourcePlan.from_json((tmp_path / "plan").read_text(), pa.py_buffer((tmp_path / "plan.listing").read_bytes()))
+    plan = SourcePlan.from_json(
+        (tmp_path / "plan").read_text(), [pa.py_buffer((tmp_path / "plan.listing").read_bytes())]
+    )
     assert (plan.mode, plan.num_rows, plan.revision) == ("remote files", 70, hub.commit("org/pets"))
     assert plan.num_bytes == sum(path.stat().st_size for path in (folder / "train").rglob("*.png"))
     hub.reset()

@@ -194,11 +194,6 @@ def test_unknown_split_is_an_error_that_names_those_there_are(tmp_path):
     assert caught.value.split == "validation"
 
 
-def test_slice_of_a_split_is_an_error_that_says_how_to_get_one(tmp_path):
-    with pytest.raises(SplitNotFoundError, match="load them with datasets"):
-        make_plan(SourceRequest(str(write_texts(tmp_path, ["a"])), "train[:50%]"))
-
-
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"nonsense" * 100, b"PAR1" + b"x" * 100 + b"PAR1"])
 def test_file_that_is_no_parquet_is_a_read_error(tmp_path, content):
     (tmp_path / "train.parquet").write_bytes(content)

@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 
 from shmloader import __version__
-from shmloader.cli import demo
+from shmloader.cli import check, demo
 
-_COMMANDS = {"demo": demo}
+_COMMANDS = {"demo": demo, "check": check}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

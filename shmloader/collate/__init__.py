@@ -74,7 +74,7 @@ def _collate(
     for name in names:
         if name in gathered:
             continue
-        if lots and all(name in lot.face.values for lot in lots) and all(sample.is_view(name) for sample in touched):
+        if lots and all(name in lot.face.by_source for lot in lots) and all(sample.is_view(name) for sample in touched):
             batch[name] = _strings(samples, lots, name)
             continue
         if values is None:
@@ -84,9 +84,14 @@ def _collate(
 
 
 def _strings(samples: Sequence[Any], lots: Sequence[Lot], name: str) -> list[str]:
-    if len(lots) == 1:
-        return [lots[0].face.values[name]] * len(samples)
-    return [sample._attachment.face.values[name] for sample in samples]
+    if len(lots) == 1 and len(lots[0].face.sources) == 1:
+        return list(lots[0].face.by_source[name]) * len(samples)
+    found = [""] * len(samples)
+    for lot in lots:
+        of = lot.face.by_source[name]
+        for row, source in lot.sources():
+            found[row] = of[source]
+    return found
 
 
 @lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ from shmloader.errors import ShmloaderError
 from shmloader.keys import Face
 from shmloader.reader import Attachment
 from shmloader.sample import Field
-from shmloader.views import Sample, tensor_over, torch_dtype
+from shmloader.views import Sample, sources_in, tensor_over, torch_dtype
 
 #: Records of one batch that lie in the same memory: their references, their rows in the batch (None: 0, 1, …), and the
 #: memory: the ring, or copies of this process.
@@ -49,6 +49,16 @@ class Lot:
     attachment: Attachment
     face: Face
     groups: tuple[Group, ...]
+
+    def sources(self) -> list[tuple[int, int]]:
+        """Of each of its records, the row in the batch and the index of its source."""
+        found: list[tuple[int, int]] = []
+        for packed, rows, base in self.groups:
+            num = len(packed) // native.REF_BYTES
+            is_one = len(self.face.sources) == 1
+            of = [0] * num if is_one else sources_in(self.attachment, packed, num, base)
+            found += zip(range(num) if rows is None else memoryview(rows).cast("I"), of, strict=True)
+        return found
 
     def places(self, kept: tuple[str, ...]) -> tuple[Place, ...]:
         """The place that each field's value takes.

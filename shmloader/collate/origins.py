@@ -43,7 +43,7 @@ class Origins:
         for face in candidates:
             for row in _of_a_namesake(face, [row for row, of in enumerate(self.datasets) if of is face], samples):
                 if found[row] is None:
-                    self.datasets[row] = face.source
+                    self.datasets[row] = str(samples[row].get(face.source_name or "", face.sources[0]))
         self.faces = [of if isinstance(of, Face) else None for of in self.datasets]
         self.in_batch = tuple(dict.fromkeys(face for face in self.faces if face is not None))
         self.known = tuple(dict.fromkeys((*self.in_batch, *candidates)))
@@ -89,7 +89,7 @@ def _face(sample: Any, lengths: Lengths) -> Face | None:
 
 def _named(sample: Mapping[str, Any], known: Mapping[Face, Any], fallback: Face | None) -> Face | str | None:
     """The dataset that a plain dict is of; a str: only its name is known."""
-    faces = [face for face in known if face.source_name is not None and sample.get(face.source_name) == face.source]
+    faces = [face for face in known if face.source_name is not None and sample.get(face.source_name) in face.sources]
     if faces:
         return min(faces, key=lambda face: _num_unlike(sample, face))
     source = sample.get("source" if fallback is None else fallback.source_name or "source")
@@ -124,7 +124,7 @@ def _follows(sample: Mapping[str, Any], face: Face) -> bool:
     if isinstance(sample, Sample) and sample._refs is not None:
         return True
     if face.source_name is not None:
-        return bool(sample.get(face.source_name) == face.source)
+        return sample.get(face.source_name) in face.sources
     return all(name in sample for name in face.index if name not in face.optional)
 
 

@@ -9,19 +9,22 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
 from typing import TypeVar
 
 import pyarrow as pa
 
 import shmloader._native as native
-from shmloader import checksum, processors
+from shmloader import checksum
 from shmloader.deaths import Deaths
 from shmloader.errors import ChecksumError, ProcessError, RecordTooLargeError, RingError, SampleError, ShmloaderError
 from shmloader.prefetch.plan import SetPlan, describe_fields
+from shmloader.prefetch.recipes import Recipe, schema_of
 from shmloader.prefetch.schedule import DecodeSchedule, Task
 from shmloader.prefetch.store import Pinned, RawStore, batches_of
 from shmloader.prefetch.want_of_memory import end_process, is_want_of_memory
-from shmloader.processors.base import Processor, Rows
+from shmloader.processors.base import Rows
 from shmloader.processors.user import UserProcessor
 from shmloader.quarantine import Quarantine
 from shmloader.ring import Ring
@@ -41,27 +44,32 @@ _MOST_LAYOUTS = 4096
 
 _Result = TypeVar("_Result")
 _Shapes = dict[str, tuple[int, ...]]
+#: Rows that the processors of a source have taken, or why they could not.
+_Begun = Sequence[Rows] | Exception
 
 
 class Decoder:
-    """Does the tasks of one prefetcher, in one thread. verify: samples are sealed with a checksum."""
+    """Does the tasks of one prefetcher, in one thread.
+
+    recipes: of each source, the processors that make its samples. verify: samples are sealed with a checksum.
+    """
 
     def __init__(
         self,
         ring: Ring,
         writer: Writer,
         plan: SetPlan,
-        built: Sequence[Processor],
+        recipes: Sequence[Recipe],
         store: RawStore,
         schedule: DecodeSchedule,
         verify: bool = False,
     ) -> None:
         self._is_sealing = verify
         self._segment, self._writer, self._store, self._schedule = ring.segment, writer, store, schedule
-        self._plan, self._processors = plan, built
+        self._plan, self._recipes = plan, recipes
         self._quarantine = Quarantine(ring.files.quarantine_fd)
         self._ring, self._deaths, self._is_noted = ring, Deaths(ring.files.deaths_fd), False
-        self._layouts: dict[tuple[tuple[str, tuple[int, ...]], ...], tuple[RecordLayout, bytes]] = {}
+        self._layouts: dict[tuple[int, tuple[tuple[str, tuple[int, ...]], ...]], tuple[RecordLayout, bytes]] = {}
         self._row_s = 0.0
         self.num_rows = 0
         """Rows of which there is a record now, by this process."""
@@ -92,14 +100,13 @@ class Decoder:
             for row in self._put_failures(task, pinned):
                 left.discard(row)
                 num_rows += 1
-            there = [item for item in task.rows if pinned.holds(*item)]
-            for row, i, begun in self._begun(batches_of(there, pinned)):
+            for source, row, i, begun in self._all_begun(task, pinned):
                 elapsed = time.monotonic() - began
                 # Of slow rows others may take their part.
                 if num_rows and not task.urgent and (elapsed > 5 * TASK_S or self._schedule.has_wanted()):
                     break
                 stamp = task.stamps.get(row)
-                self._put(row, i, begun, stamp, task.urgent and stamp is None)
+                self._put(source, row, i, begun, stamp, task.urgent and stamp is None)
                 left.discard(row)
                 num_rows += 1
         finally:
@@ -132,27 +139,39 @@ class Decoder:
                 self._put_error(row, failure, stamp, task.urgent and stamp is None)
                 yield row
 
+    def _all_begun(self, task: Task, pinned: Pinned) -> Iterator[tuple[int, int, int, _Begun]]:
+        """(source, row, its place in the begun rows, these) of the rows of ``task`` that are there."""
+        there = [item for item in task.rows if pinned.holds(*item)]
+        if len(self._recipes) == 1:
+            for found in self._begun(self._recipes[0], batches_of(there, pinned)):
+                yield 0, *found
+            return
+        # Chunks of a source follow one another. Their columns are those of no other one.
+        for source, some in groupby(there, lambda item: self._plan.source.source_of(item[0])):
+            for found in self._begun(self._recipes[source], batches_of(list(some), pinned)):
+                yield source, *found
+
     def _begun(
-        self, batches: Iterator[tuple[list[int], pa.RecordBatch]]
-    ) -> Iterator[tuple[int, int, Sequence[Rows] | Exception]]:
+        self, recipe: Recipe, batches: Iterator[tuple[list[int], pa.RecordBatch]]
+    ) -> Iterator[tuple[int, int, _Begun]]:
         """(row, its place in the begun rows, these or why they cannot be had)."""
         for rows, batch in batches:
-            begun: Sequence[Rows] | Exception
+            begun: _Begun
             try:
-                begun = [processor.begin(batch) for processor in self._processors]
+                begun = [processor.begin(batch) for processor in recipe]
             except Exception as error:
                 if len(rows) > 1:  # only the bad row is to be lost
-                    yield from self._begun(([row], batch.slice(i, 1)) for i, row in enumerate(rows))
+                    yield from self._begun(recipe, (([row], batch.slice(i, 1)) for i, row in enumerate(rows)))
                     continue
                 begun = error
             for i, row in enumerate(rows):
                 yield row, i, begun
 
-    def _put(self, row: int, i: int, begun: Sequence[Rows] | Exception, stamp: Stamp | None, urgent: bool) -> None:
+    def _put(self, source: int, row: int, i: int, begun: _Begun, stamp: Stamp | None, urgent: bool) -> None:
         try:
             if isinstance(begun, Exception):
                 raise begun
-            self._make(row, i, begun, stamp, urgent)
+            self._make(source, row, i, begun, stamp, urgent)
         except RecordTooLargeError as error:  # of this row alone
             self._put_error(row, self._placed(error, row), stamp, urgent)
         except (NoRoom, RingError):
@@ -162,14 +181,14 @@ class Decoder:
                 end_process(self._ring, error)
             self._put_error(row, self._placed(error, row), stamp, urgent)
 
-    def _make(self, row: int, i: int, begun: Sequence[Rows], stamp: Stamp | None, urgent: bool) -> None:
+    def _make(self, source: int, row: int, i: int, begun: Sequence[Rows], stamp: Stamp | None, urgent: bool) -> None:
         shapes: _Shapes = {}
         for rows in begun:
             shapes.update(rows.shapes(i))
         if self.schema is None and self._agree():
             for rows in begun:  # what another prefetcher found first is what every row must have
                 shapes.update(rows.shapes(i))
-        layout, header = self._layout(shapes)
+        layout, header = self._layout(source, shapes)
         ticket = self._reserve(row, layout.num_bytes, stamp, urgent)
         if ticket is None:
             return  # it is there
@@ -187,13 +206,14 @@ class Decoder:
             raise
         self._writer.commit(ticket)
 
-    def _layout(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[RecordLayout, bytes]:
+    def _layout(self, source: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[RecordLayout, bytes]:
         """Where the fields lie, and the head of the record; kept, since many samples have the same shapes."""
         assert self.schema is not None
-        key = tuple(shapes.items())
+        key = source, tuple(shapes.items())
         found = self._layouts.get(key)
         if found is None:
-            layout, header = RecordLayout(self.schema, shapes), bytearray(self.schema.header_bytes)
+            stored = {name: shape or self._promoted[source].get(name, ()) for name, shape in shapes.items()}
+            layout, header = RecordLayout(self.schema, stored, source), bytearray(self.schema.header_bytes)
             layout.write_header(memoryview(header))
             if len(self._layouts) >= _MOST_LAYOUTS:
                 self._layouts.clear()
@@ -230,14 +250,14 @@ class Decoder:
         if isinstance(error, SampleError | RecordTooLargeError | ChecksumError):
             kind, text, data = type(error), str(error), error.data
         plan = self._plan
-        data = {**data, "source": plan.source.name, "shard": plan.shard(row), "row": plan.number(row)}
+        data = {**data, **plan.origin(row)}
         placed = kind(f"{plan.describe(row)}: {text}", **data)
         placed.__cause__ = error
         return placed
 
     def _agree(self) -> bool:
         """Have a schema; the first prefetcher that has processed a row decides it. False: it was this one."""
-        schema = processors.schema_of(self._processors, self._plan.source.name)
+        schema = schema_of(self._recipes, self._plan.source)
         text = schema.to_json().encode()
         if len(text) > native.TEXT_BYTES:
             raise ProcessError(f"process returns {len(schema.fields)} fields: too many to describe in 32 KiB")
@@ -249,7 +269,14 @@ class Decoder:
         text = self._segment.text_get(native.TEXT_SCHEMA)
         assert text is not None
         self.schema = Schema.from_json(text.decode())
-        for processor in self._processors:
+        for processor in self._recipes[0]:
             if isinstance(processor, UserProcessor):
                 processor.adopt(self.schema.fields)
         return self.schema
+
+    @cached_property
+    def _promoted(self) -> list[dict[str, tuple[int, ...]]]:
+        """Of each source, the shape of what its processors make as a number and the schema has as [1] (union.py)."""
+        assert self.schema is not None
+        owns = [self.schema.fields_of(source) for source in range(len(self._recipes))]
+        return [{field.name: (1,) for field in own if field.shape == (1,)} for own in owns]

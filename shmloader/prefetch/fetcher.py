@@ -73,9 +73,10 @@ class Fetcher:
         self._waiting: _Fetched | None = None
         self._held = Held(segment, most_held_bytes)
         source = plan.source
-        self._is_dear = source.mode in DEAR
+        self._dear = [source.leaf(chunk).mode in DEAR for chunk in range(len(source.chunks))]
         num_rows, num_chunks = source.num_rows or 0, len(source.chunks)
-        self._refetches = Refetches(segment, source.name, num_rows, num_chunks, self._is_dear, store.describe_disk)
+        is_dear = any(self._dear)
+        self._refetches = Refetches(segment, source.name, num_rows, num_chunks, is_dear, store.describe_disk)
         self._is_stopped = threading.Event()
         # A daemon: the process must be able to end while a read hangs in the network.
         self._thread = threading.Thread(target=self._run, name="fetch", daemon=True)
@@ -214,7 +215,8 @@ class Fetcher:
 
     def _is_for_disk(self, pick: Pick) -> bool:
         """Whether it would be fetched again, and that costs or is not known to be once an epoch."""
-        return not pick.stays and (self._is_dear or pick.stamp is None)
+        is_dear = pick.rows is None and self._dear[pick.chunk]
+        return not pick.stays and (is_dear or pick.stamp is None)
 
     def _end(self, fetched: _Fetched, is_on_disk: bool) -> None:
         pick = fetched.pick

@@ -47,6 +47,13 @@ class Work:
     process: Any
     train_on_prompt: bool = False
 
+    def process_of(self, source: int = 0) -> Any:
+        """The function that takes the whole rows of a source: the user's, or the one registered with its name."""
+        request = self.requests[source]
+        if self.process is not None or request.entry is None or request.columns is not None:
+            return self.process
+        return request.entry.process
+
 
 def write(work: Work, head: dict[str, Any]) -> int:
     """A new memfd with ``work`` and the JSON-able ``head``; returns its descriptor.

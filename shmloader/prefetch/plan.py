@@ -1,8 +1,7 @@
-"""What the planner found out: the source's plan and the samples' schema."""
+"""What the planner found out: the plan of the sources, and the samples' schema."""
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import pyarrow as pa
 
 import shmloader._native as native
 from shmloader.order import Chunks
-from shmloader.prefetch.plan_file import Layout, map_listing, read_parts, write_parts
+from shmloader.prefetch.plan_file import Layout, map_listings, read_parts, write_parts
 from shmloader.sample import Schema
 from shmloader.sources.base import SourcePlan
 from shmloader.sources.listing import path_of
@@ -23,7 +22,7 @@ LAST_POSITION = (1 << native.POSITION_BITS) - 1
 
 @dataclass(frozen=True)
 class SetPlan:
-    """The source's plan, and the samples' schema if it is known before the first row was processed.
+    """The plan of the sources, and the samples' schema if it is known before the first row was processed.
 
     window_bytes: encoded bytes of the chunks that an order shuffles among one another.
     """
@@ -43,43 +42,57 @@ class SetPlan:
             np.array(source.chunk_bytes, np.int64),
         )
 
-    def number(self, row: int) -> int:
-        """The number of ``row`` in the source: in an open set that is its position, which the row's id ends in."""
-        return row & LAST_POSITION if self.source.is_open else row
-
-    def shard(self, row: int) -> str | None:
-        """The shard that ``row`` lies in, or its file; None: there are none."""
-        source = self.source
-        if source.listing is not None:
-            return path_of(source.listing, row)
-        if not source.shards or source.is_open:
-            return source.shards[0] if source.shards else None
-        return source.shards[source.chunks[self._chunk(row)].shard]
-
     def origin(self, row: int) -> dict[str, Any]:
-        """Where ``row`` is from, as errors tell it: the name of its source, its shard and its number there."""
-        return {"source": self.source.name, "shard": self.shard(row), "row": self.number(row)}
+        """Where ``row`` is from, as errors tell it: the names of source and split, its shard and its number there.
+
+        The number is that in the whole split, also of a slice; in an open set the row's position, which its id ends in.
+        Where that may not be the index in the dataset, this is told as well.
+        """
+        found, number = self._found(row)
+        told = {"source": self.name(row), "shard": _shard(found, number), "row": number}
+        return told | {"index": row} if self.source.parts else told
+
+    def name(self, row: int) -> str:
+        """The name of the source that ``row`` is of."""
+        return self.source.sources[self._source(row)].name
 
     def class_names(self, row: int) -> tuple[str, ...]:
         """Of the source that ``row`` is of, those of the classes that its labels number; none if nobody told."""
-        return self.source.columns.class_names or ()
+        return self.source.sources[self._source(row)].columns.class_names or ()
 
     def span(self, row: int) -> tuple[int, int]:
-        """The first row of the source that ``row`` is of, and the end of that source."""
-        return 0, self.source.num_rows or 0
+        """The first row of the source that ``row`` is of, and the end of that source. Not of an open one."""
+        sizes = [source.num_rows or 0 for source in self.source.sources]
+        at = self._source(row)
+        first = sum(sizes[:at])
+        return first, min(first + sizes[at], self.source.num_rows or 0)  # of the first rows alone: fewer
 
     def chunk_rows(self, row: int) -> tuple[int, int]:
         """The first row of the chunk that ``row`` is in, and the one behind its last. Not of an open source."""
-        chunk = self.source.chunks[self._chunk(row)]
+        chunk = self.source.chunks[self.source.chunk_at(row)]
         return chunk.first_row, chunk.first_row + chunk.num_rows
-
-    def _chunk(self, row: int) -> int:
-        return bisect.bisect_right(self.source.chunks, row, key=lambda chunk: chunk.first_row) - 1
 
     def describe(self, row: int) -> str:
         """Where ``row`` is to be found, for messages: source, split, shard and row."""
-        shard = self.shard(row) or "?"
-        return f"row {self.number(row)} of {self.source.name!r} (split {self.source.split!r}, shard {shard!r})"
+        found, number = self._found(row)
+        shard = _shard(found, number) or "?"
+        return f"row {number} of {self.name(row)!r} (split {found.split!r}, shard {shard!r})"
+
+    def _found(self, row: int) -> tuple[SourcePlan, int]:
+        return (self.source, row & LAST_POSITION) if self.source.is_open else self.source.origin(row)
+
+    def _source(self, row: int) -> int:
+        source = self.source
+        return source.source_of(source.chunk_at(row)) if source.is_mixed else 0
+
+
+def _shard(source: SourcePlan, row: int) -> str | None:
+    """The shard that a row of a plan without parts lies in, or its file; None: there are none."""
+    if source.listing is not None:
+        return path_of(source.listing, row)
+    if not source.shards or source.is_open:
+        return source.shards[0] if source.shards else None
+    return source.shards[source.chunks[source.chunk_at(row)].shard]
 
 
 def describe_fields(schema: Schema) -> str:
@@ -101,8 +114,8 @@ def write_plan(fd: int, plan: SetPlan) -> None:
         window_bytes=plan.window_bytes,
         rows_per_chunk=BATCH_ROWS if source.is_open else 0,
     )
-    listing = None if source.listing is None else memoryview(source.listing)
-    write_parts(fd, layout, source.to_json(), None if schema is None else schema.to_json(), listing)
+    listings = [memoryview(listing) for listing in source.listings()]
+    write_parts(fd, layout, source.to_json(), None if schema is None else schema.to_json(), listings)
 
 
 def read_plan(fd: int) -> SetPlan | None:
@@ -111,6 +124,5 @@ def read_plan(fd: int) -> SetPlan | None:
     if parts is None:
         return None
     layout, text, schema = parts
-    listing = map_listing(fd)
-    source = SourcePlan.from_json(text, None if listing is None else pa.py_buffer(listing))
+    source = SourcePlan.from_json(text, [pa.py_buffer(listing) for listing in map_listings(fd)])
     return SetPlan(source, None if schema is None else Schema.from_json(schema), layout.window_bytes)

@@ -1,11 +1,12 @@
-"""The plan memfd: written once by the planner, read by everybody. JSON in three parts, without secrets, and a listing.
+"""The plan memfd: written once by the planner, read by everybody. JSON in three parts, without secrets, and listings.
 
 ========  =========================================================================================
 bytes     what
 ========  =========================================================================================
-0         the head: bytes of the JSON, offset and bytes of the listing (0: there is none); written last
+0         the head: bytes of the JSON, offset and bytes of the listings (0: there are none); written last
 24        JSON: ``layout``, ``source``, ``schema``; or ``error``
-a page's  the listing of loose files (sources/listing.py), which readers map in place
+a page's  of listings of loose files (sources/listing.py): their number, offset from here and bytes of each; and they
+          themselves, which readers map in place, each at a multiple of 64
 ========  =========================================================================================
 
 ``layout`` is all that the supervisor needs; it reads nothing else, and so imports neither numpy nor pyarrow.
@@ -17,12 +18,16 @@ import json
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from shmloader.errors import from_wire
 
 _HEAD = struct.Struct("<QQQ")
+_NUMBER, _PLACE = struct.Struct("<Q"), struct.Struct("<QQ")
+#: Of each listing; what Arrow wants. Source: Arrow Columnar Format, "Buffer Alignment and Padding".
+_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -46,14 +51,14 @@ class Layout:
     rows_per_chunk: int = 0
 
 
-def write_parts(fd: int, layout: Layout, source: str, schema: str | None, listing: memoryview | None = None) -> None:
+def write_parts(fd: int, layout: Layout, source: str, schema: str | None, listings: Sequence[memoryview] = ()) -> None:
     """Store a plan in the plan memfd; what was there before is written over."""
-    _write(fd, {"layout": asdict(layout), "source": source, "schema": schema}, listing)
+    _write(fd, {"layout": asdict(layout), "source": source, "schema": schema}, listings)
 
 
 def write_failure(fd: int, wire: dict[str, Any]) -> None:
     """Store why there is no plan (see `errors.to_wire`)."""
-    _write(fd, {"error": wire}, None)
+    _write(fd, {"error": wire}, ())
 
 
 def read_parts(fd: int) -> tuple[Layout, str, str | None] | None:
@@ -72,16 +77,19 @@ def read_parts(fd: int) -> tuple[Layout, str, str | None] | None:
     return Layout(**raw["layout"]), raw["source"], raw["schema"]
 
 
-def map_listing(fd: int) -> mmap.mmap | None:
-    """The listing that `write_parts` stored, in place; lives as long as something refers to it. None: there is none."""
+def map_listings(fd: int) -> list[memoryview]:
+    """The listings that `write_parts` stored, in place; their memory lives as long as something refers to it."""
     head = _read_head(fd)
     if head is None or not head[1]:
-        return None
-    return mmap.mmap(fd, head[2], mmap.MAP_SHARED, mmap.PROT_READ, offset=head[1])
+        return []
+    whole = memoryview(mmap.mmap(fd, head[2], mmap.MAP_SHARED, mmap.PROT_READ, offset=head[1]))
+    (number,) = _NUMBER.unpack_from(whole)
+    places = [_PLACE.unpack_from(whole, _NUMBER.size + i * _PLACE.size) for i in range(number)]
+    return [whole[offset : offset + size] for offset, size in places]
 
 
 def _read_head(fd: int) -> tuple[int, int, int] | None:
-    """Bytes of the JSON, offset and bytes of the listing; None: its writer has not ended, or was killed over it."""
+    """Bytes of the JSON, offset and bytes of the listings; None: its writer has not ended, or was killed over it."""
     data = os.pread(fd, _HEAD.size, 0)
     if len(data) < _HEAD.size or not any(data):
         return None
@@ -89,16 +97,28 @@ def _read_head(fd: int) -> tuple[int, int, int] | None:
     return json_bytes, offset, listing_bytes
 
 
-def _write(fd: int, raw: dict[str, Any], listing: memoryview | None) -> None:
+def _write(fd: int, raw: dict[str, Any], listings: Sequence[memoryview]) -> None:
     _write_at(fd, bytes(_HEAD.size), 0)
     data = json.dumps(raw).encode()
     _write_at(fd, data, _HEAD.size)
     offset = listing_bytes = 0
-    if listing is not None:
-        listing_bytes = listing.nbytes
+    if listings:
         offset = -(-(_HEAD.size + len(data)) // mmap.PAGESIZE) * mmap.PAGESIZE
-        _write_at(fd, listing, offset)
+        listing_bytes = _write_listings(fd, listings, offset)
     _write_at(fd, _HEAD.pack(len(data), offset, listing_bytes), 0)
+
+
+def _write_listings(fd: int, listings: Sequence[memoryview], offset: int) -> int:
+    """Store them from ``offset`` on; returns the bytes that they take."""
+    end = _NUMBER.size + len(listings) * _PLACE.size
+    table = _NUMBER.pack(len(listings))
+    for listing in listings:
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        _write_at(fd, listing, offset + start)
+        end = start + listing.nbytes
+        table += _PLACE.pack(start, listing.nbytes)
+    _write_at(fd, table, offset)
+    return end
 
 
 def _write_at(fd: int, data: bytes | memoryview, offset: int) -> None:

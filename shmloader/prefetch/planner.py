@@ -15,15 +15,15 @@ log = logging.getLogger("shmloader.planner")
 
 
 def make_plan(fds: dict[str, int], window_bytes: int) -> SetPlan:
-    """The plan of the payload's request; loads all of the user's objects, so that what is wrong shows now."""
-    from shmloader import processors
-    from shmloader.sources import make_plan as plan_source
+    """The plan of the payload's requests; loads all of the user's objects, so that what is wrong shows now."""
+    from shmloader.prefetch.recipes import has_process, recipes_of, schema_of
+    from shmloader.sources import make_plan as plan_sources
 
     began = time.monotonic()
     work = read_work(fds["payload"])
     loaded = time.monotonic()
     log.debug("what the payload needs was loaded in %.2f s", loaded - began)
-    source = plan_source(work.requests[0])
+    source = plan_sources(*work.requests)
     num_rows = "an unknown number of" if source.num_rows is None else source.num_rows
     log.debug(
         "plan of %r, split %r: %s rows in %d chunks of %d shards, mode %r, made in %.2f s",
@@ -31,9 +31,8 @@ def make_plan(fds: dict[str, int], window_bytes: int) -> SetPlan:
         time.monotonic() - loaded,
     )  # fmt: skip
     schema = None
-    if work.process is None:
-        built = processors.build(source.columns, work.config, work.tokenizer, None)
-        schema = processors.schema_of(built, source.name)
+    if not has_process(source, work):
+        schema = schema_of(recipes_of(source, work), source)
         log.debug("fields of a sample: %s", describe_fields(schema))
     return SetPlan(source, schema, window_bytes)
 

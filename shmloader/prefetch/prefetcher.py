@@ -23,7 +23,6 @@ import numpy as np
 import pyarrow as pa
 
 import shmloader._native as native
-from shmloader import processors
 from shmloader.deaths import Deaths
 from shmloader.errors import ShmloaderError
 from shmloader.files import RingFiles
@@ -36,12 +35,12 @@ from shmloader.prefetch.open_orders import OpenOrders
 from shmloader.prefetch.orders import FollowedOrders, Follows
 from shmloader.prefetch.payload import read_work
 from shmloader.prefetch.plan import SetPlan, read_plan
+from shmloader.prefetch.recipes import Recipe, recipes_of
 from shmloader.prefetch.schedule import DecodeSchedule
 from shmloader.prefetch.spill import Spill
 from shmloader.prefetch.store import RawStore
 from shmloader.prefetch.stream_schedule import LendingReader, StreamSchedule
 from shmloader.prefetch.want_of_memory import end_process, is_want_of_memory
-from shmloader.processors.base import Processor
 from shmloader.ring import Ring
 from shmloader.sizes import OPEN_AHEAD_BYTES, most_ahead, raw_budget
 from shmloader.sources import open_reader
@@ -68,7 +67,7 @@ class Prefetcher:
         self,
         ring: Ring,
         plan: SetPlan,
-        built: Sequence[Processor],
+        recipes: Sequence[Recipe],
         reader: Reader | OpenReader,
         num_prefetchers: int,
         spill: Spill,
@@ -88,7 +87,7 @@ class Prefetcher:
         record_bytes = None if plan.schema is None else plan.schema.record_bytes()
         most = most_ahead(cache_size) if plan.source.is_open else None
         self.schedule = DecodeSchedule(self.segment, self.writer, cut, orders, num_prefetchers, record_bytes, most)
-        self.decoder = Decoder(ring, self.writer, plan, built, store, self.schedule, verify)
+        self.decoder = Decoder(ring, self.writer, plan, recipes, store, self.schedule, verify)
         held_bytes = budget_bytes // num_prefetchers
         self.fetcher = Fetcher(self.segment, self.writer, plan, fetches, store, fetching, held_bytes)
 
@@ -96,9 +95,9 @@ class Prefetcher:
         """What is particular to a closed set: all its chunks are known."""
         chunks = plan.chunks()
         orders = FollowedOrders(self.segment, chunks, plan.window_bytes)
-        store = RawStore(
-            self.ring, self.writer, plan.source.schema, chunks.first_rows.tolist(), spill=spill, verify=self._verify
-        )
+        schemas = [plan.source.leaf(chunk).schema for chunk in range(len(plan.source.chunks))]
+        first_rows = chunks.first_rows.tolist()
+        store = RawStore(self.ring, self.writer, schemas, first_rows, spill=spill, verify=self._verify)
         units = np.array(plan.source.units, np.int64)
         budget_bytes = raw_budget(plan.source.chunk_bytes, plan.window_bytes)
         schedule = FetchSchedule(self.segment, chunks, units, orders, budget_bytes)
@@ -109,9 +108,8 @@ class Prefetcher:
         assert isinstance(reader, OpenReader)
         lent = Lent()
         orders = OpenOrders(self.segment, BATCH_ROWS)
-        store = RawStore(
-            self.ring, self.writer, plan.source.schema, PlaceRows(self.segment), lent=lent, verify=self._verify
-        )
+        schema = plan.source.schema
+        store = RawStore(self.ring, self.writer, schema, PlaceRows(self.segment), lent=lent, verify=self._verify)
         chunk_bytes = BATCH_ROWS * plan.source.row_bytes
         schedule = StreamSchedule(self.segment, orders, OPEN_AHEAD_BYTES, chunk_bytes, BATCH_ROWS, reader.keep)
         lending = LendingReader(self.segment, reader, lent, schedule)
@@ -209,15 +207,15 @@ def main(fds: dict[str, int], head: dict[str, Any]) -> None:
         assert work is not None
         plan = read_plan(fds["plan"])
         assert plan is not None
-        built = processors.build(plan.source.columns, work.config, work.tokenizer, work.process)
-        reader = open_reader(work.requests[0], plan.source, ring.segment.touch)
+        recipes = recipes_of(plan.source, work)
+        reader = open_reader(work.requests, plan.source, ring.segment.touch)
     except Exception as error:
         log.debug("cannot start", exc_info=True)
         Writer(ring).put_fatal(error)
     else:
         spill = Spill(ring.segment, fds.get("spill"), head["why_no_spill"], head["spill_dir"])
         settings = (head["num_prefetchers"], spill, head["verify"], head["cache_size"])
-        if Prefetcher(ring, plan, built, reader, *settings).run():
+        if Prefetcher(ring, plan, recipes, reader, *settings).run():
             reader.close()
     ring.leave()
     # Without the interpreter's teardown: pyarrow's threads that still wind down can make it abort (seen with files of

@@ -172,15 +172,16 @@ class Pinned:
 class RawStore:
     """The raw region and the disk, as one prefetcher uses them. One thread may write, another one read.
 
-    first_rows: of each chunk, asked for while it is pinned. schema: of the rows. lent: rows that this process has read
-    of a chunk that is not complete. spill: the file on disk; None: there is none. verify: chunks are sealed.
+    first_rows: of each chunk, asked for while it is pinned. schema: of the rows of all chunks, or of each. lent: rows
+    that this process has read of a chunk that is not complete. spill: the file on disk; None: there is none. verify:
+    chunks are sealed.
     """
 
     def __init__(
         self,
         ring: Ring,
         writer: Writer,
-        schema: pa.Schema,
+        schema: pa.Schema | Sequence[pa.Schema],
         first_rows: FirstRows,
         *,
         lent: Lends | None = None,
@@ -188,7 +189,7 @@ class RawStore:
         verify: bool = False,
     ) -> None:
         self._verify = verify
-        self._ring, self._writer, self._schema = ring, writer, schema
+        self._ring, self._writer, self._schemas = ring, writer, schema
         self._first_rows, self._lent = first_rows, lent
         self._spill = Spill(ring.segment, None) if spill is None else spill
         self._open: OrderedDict[int, RawChunk] = OrderedDict()
@@ -201,14 +202,14 @@ class RawStore:
         Raises:
             NoRoom: try again when something has moved. RingError: as of `Writer.reserve`.
         """
-        num_bytes = self._num_bytes(batches)
+        num_bytes = self._num_bytes(chunk, batches)
         ticket = self._writer.reserve(native.RAW | chunk, num_bytes, stamp, urgent)
         if ticket is None:
             return num_bytes
         try:
             record = self._writer.record_of(ticket)
             with pa.FixedSizeBufferWriter(pa.py_buffer(record)) as sink:
-                self._write(sink, batches)
+                self._write(sink, chunk, batches)
                 end = sink.tell()
             if self._verify:
                 record[end:] = bytes(len(record) - end)
@@ -224,32 +225,37 @@ class RawStore:
 
         Only for a chunk that this process has claimed, in place of `put`: never both.
         """
-        num_bytes, write = self._num_bytes(batches), self._write
+        num_bytes, write = self._num_bytes(chunk, batches), self._write
         if self._verify:
-            return self._spill.put(chunk, num_bytes, lambda file: self._write_sealed(file, batches, num_bytes))
-        return self._spill.put(chunk, num_bytes, lambda file: write(file, batches))
+            return self._spill.put(chunk, num_bytes, lambda file: self._write_sealed(file, chunk, batches, num_bytes))
+        return self._spill.put(chunk, num_bytes, lambda file: write(file, chunk, batches))
 
     def describe_disk(self) -> str:
         """As `Spill.describe`."""
         return self._spill.describe()
 
-    def _num_bytes(self, batches: Sequence[pa.RecordBatch]) -> int:
+    def _schema(self, chunk: int) -> pa.Schema:
+        return self._schemas if isinstance(self._schemas, pa.Schema) else self._schemas[chunk]
+
+    def _num_bytes(self, chunk: int, batches: Sequence[pa.RecordBatch]) -> int:
         sink = pa.MockOutputStream()
-        self._write(sink, batches)
+        self._write(sink, chunk, batches)
         num_bytes = int(sink.size())
         return -(-(num_bytes + SEAL_BYTES) // ALIGNMENT) * ALIGNMENT if self._verify else num_bytes
 
-    def _write(self, sink: pa.NativeFile | IO[bytes], batches: Sequence[pa.RecordBatch]) -> None:
+    def _write(self, sink: pa.NativeFile | IO[bytes], chunk: int, batches: Sequence[pa.RecordBatch]) -> None:
         failure = next(((b.schema.metadata or {}).get(_FAILURE) for b in batches), None)
-        schema = self._schema if failure is None else self._schema.with_metadata({_FAILURE: failure})
+        schema = self._schema(chunk)
+        if failure is not None:
+            schema = schema.with_metadata({_FAILURE: failure})
         with pa.ipc.new_stream(sink, schema) as stream:
             for batch in batches:
                 stream.write_batch(batch)
 
-    def _write_sealed(self, file: IO[bytes], batches: Sequence[pa.RecordBatch], num_bytes: int) -> None:
+    def _write_sealed(self, file: IO[bytes], chunk: int, batches: Sequence[pa.RecordBatch], num_bytes: int) -> None:
         """As `_write`, and up to ``num_bytes`` zeros and the checksum of all."""
         sealing = Sealing(file)
-        self._write(sealing, batches)
+        self._write(sealing, chunk, batches)
         sealing.seal(num_bytes)
 
     # -- the decoding thread -----------------------------------------------------------------------------
@@ -282,7 +288,7 @@ class RawStore:
                 place = self._spill.folder if desc == _ON_DISK else "ring"
                 error = _damaged(found_damage, place, is_on_disk=desc == _ON_DISK)
                 log.error("chunk %d: %s", chunk, error)
-                batches = [pa.RecordBatch.from_pylist([], schema=self._schema)]
+                batches = [pa.RecordBatch.from_pylist([], schema=self._schema(chunk))]
                 failure = _failure_text(_ALL_ROWS, error)
             found = raw_chunk((desc, gen), self._first_rows[chunk], batches, num_bytes, failure)
         self._open[chunk] = found

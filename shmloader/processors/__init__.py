@@ -5,9 +5,9 @@
     RecordBatch ─▶ Processor.begin ─▶ Rows ─▶ shapes(row)     how large a record to reserve
                                            └▶ write(row, out)  straight into the record
 
-``text.py`` takes the columns of text, ``image.py``, ``audio.py`` and ``label.py`` one column each; ``either.py`` joins
-those of which a row may lack all but one. ``user.py`` takes whole rows to the user's ``process``, in place of them all.
-Each is imported only when a dataset needs it, decoders included.
+``text.py`` takes the columns of text, ``answer.py`` these and the answer to them, ``image.py``, ``audio.py`` and
+``label.py`` one column each; ``either.py`` joins those of which a row may lack all but one. ``user.py`` takes whole
+rows to the user's ``process``, in place of them all. Each is imported only when a dataset needs it, decoders included.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def build(
     config: Any,
     tokenizer: Any = None,
     process: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None,
+    train_on_prompt: bool = False,
 ) -> list[Processor]:
     """The processors that make a sample of ``columns``, in the order of its fields: text, image, audio, labels.
 
@@ -41,9 +42,10 @@ def build(
     config: has ``vocab_size`` and ``vision_dim``, maybe ``max_text_length``, ``max_audio_length``,
         ``pad_to_multiple_of`` and ``image_dtype``.
     process: the user's own, which then does all.
+    train_on_prompt: where there is a target, labels are the tokens of the prompt too.
 
     Raises:
-        ColumnError: there is nothing to make a sample of.
+        ColumnError: there is nothing to make a sample of, or a target without text.
         OptionError: the tokenizer, a size or ``image_dtype`` cannot be used.
     """
     if process is not None:
@@ -52,18 +54,9 @@ def build(
         return [UserProcessor(process)]
     built: list[Processor] = []
     if columns.text is not None:
-        from shmloader.processors.text import TextProcessor
-
-        built.append(
-            TextProcessor(
-                columns.text,
-                tokenizer,
-                _whole(config, "max_text_length", 512),
-                config.vocab_size,
-                columns.labels is None,
-                1 if getattr(config, "pad_to_multiple_of", None) is None else _whole(config, "pad_to_multiple_of"),
-            )
-        )
+        built.append(_text(columns, config, tokenizer, train_on_prompt))
+    elif columns.target is not None:
+        raise ColumnError("a target is the answer to text, of which there is no column")
     built += _media(columns, config)
     if columns.labels is not None:
         from shmloader.processors.label import LabelProcessor
@@ -74,6 +67,24 @@ def build(
             "no column of text, images, audio or labels was found; name them with `columns`, or give `process`"
         )
     return built
+
+
+def _text(columns: Columns, config: Any, tokenizer: Any, train_on_prompt: bool) -> Processor:
+    assert columns.text is not None
+    sizes = {
+        "max_text_length": _whole(config, "max_text_length", 512),
+        "vocab_size": config.vocab_size,
+        "multiple_of": 1
+        if getattr(config, "pad_to_multiple_of", None) is None
+        else _whole(config, "pad_to_multiple_of"),
+    }
+    if columns.target is not None:
+        from shmloader.processors.answer import AnswerProcessor
+
+        return AnswerProcessor(columns.text, columns.target, tokenizer, train_on_prompt=train_on_prompt, **sizes)
+    from shmloader.processors.text import TextProcessor
+
+    return TextProcessor(columns.text, tokenizer, labels_from_text=columns.labels is None, **sizes)
 
 
 def _media(columns: Columns, config: Any) -> list[Processor]:
@@ -102,7 +113,7 @@ def schema_of(processors: Sequence[Processor], source_name: str) -> Schema:
     With a user's ``process`` it is known only once a row has been processed (`UserProcessor.fields`).
     """
     fields = tuple(field for processor in processors for field in processor.fields)
-    return Schema(fields, _task_type(fields), (source_name,))
+    return Schema(fields, (_task_type(fields),), (source_name,))
 
 
 def _task_type(fields: Sequence[Field]) -> str:

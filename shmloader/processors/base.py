@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from shmloader.column_path import choice_of
 from shmloader.sample import Field
 
 
@@ -51,14 +52,39 @@ def column_at(batch: pa.RecordBatch, path: str) -> pa.Array:
     """The values of column ``path`` of ``batch``, or of what lies at this path inside a column ("answers.text").
 
     A column whose name has the dots comes first. Through a list the values are lists; what is inside of null is null.
+    Of "options[correct]" it is struct<items, number> of both, for `chosen_item`.
 
     Raises:
         KeyError: there is no such column, or nothing of that name in it.
     """
     if path in batch.schema.names:
         return batch.column(path)
+    choice = choice_of(path)
+    if choice is not None:
+        return pa.StructArray.from_arrays([column_at(batch, part) for part in choice], names=["items", "number"])
     name, *inner = path.split(".")
     return _inside(batch.column(name), inner)
+
+
+def chosen_item(value: Mapping[str, Any]) -> Any:
+    """The item of a row's list that its number says: an integer from 0, its digits, or a letter from A; None: null.
+
+    Raises:
+        TypeError: the number is none of these. IndexError: there is no such item.
+    """
+    items, number = value["items"], value["number"]
+    if items is None or number is None:
+        return None
+    place = number
+    if isinstance(number, str):
+        word = number.strip()
+        is_letter = len(word) == 1 and "A" <= word.upper() <= "Z"
+        if not is_letter and not (word.isascii() and word.isdigit()):
+            raise TypeError(f"{number!r:.40} is neither a number nor a letter")
+        place = ord(word.upper()) - ord("A") if is_letter else int(word)
+    if not 0 <= place < len(items):
+        raise IndexError(f"there is no item {number!r}: it has {len(items)}")
+    return items[place]
 
 
 def _inside(array: pa.Array, path: Sequence[str]) -> pa.Array:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from shmloader.column_path import choice_of
 from shmloader.errors import DecodeError, OptionError
-from shmloader.processors.base import column_at
+from shmloader.processors.base import Rows, chosen_item, column_at
 from shmloader.processors.text_value import Chat, chat_of, join_texts, text_of
 from shmloader.sample import Field
 
@@ -27,6 +28,8 @@ _PAD_TOKENS = ("[PAD]", "<pad>", "<|pad|>", "<PAD>")
 
 Ids = np.ndarray[Any, Any]
 Encode = Callable[[list[str]], Sequence[Any]]
+_Text = TypeVar("_Text")
+_Made = TypeVar("_Made")
 
 
 class TextProcessor:
@@ -72,16 +75,16 @@ class TextProcessor:
         if labels_from_text:
             self.fields += (replace(text, name="labels", pad=IGNORED_LABEL, mask=None, same_as="text"),)
 
-    def begin(self, batch: pa.RecordBatch) -> _TextRows:
+    def begin(self, batch: pa.RecordBatch) -> Rows:
         """Tokenise the rows of ``batch`` in one call, or one by one where that fails."""
         if self._encode is None:
-            self._encode = _batch_encoder(self._tokenizer, self.max_text_length)
+            self._encode = batch_encoder(self._tokenizer, self.max_text_length)
         columns = [column_at(batch, column) for column in self.columns]
         texts: list[str] = []
         positions: list[int] = []
         rows: list[Ids | DecodeError] = []
         for position in range(batch.num_rows):
-            text = self._text_of([column[position] for column in columns])
+            text = self._text_of(self.columns, [column[position] for column in columns], _has_template(self._tokenizer))
             if isinstance(text, str):
                 positions.append(position)
                 texts.append(text)
@@ -90,32 +93,38 @@ class TextProcessor:
                 rows.append(text)
             else:
                 rows.append(self._chat_ids(text))
-        for position, ids in zip(positions, self._encode_all(self._encode, texts), strict=True):
+        for position, ids in zip(positions, self._encode_all(self._encode, texts, self._checked), strict=True):
             rows[position] = ids
         return _TextRows(self.fields, rows)
 
-    def _text_of(self, scalars: Sequence[Any]) -> str | Chat | DecodeError:
-        """What is to be tokenised; a conversation only if the tokenizer has a template for it."""
+    def _text_of(
+        self, columns: Sequence[str], scalars: Sequence[Any], is_chat_kept: bool = False
+    ) -> str | Chat | DecodeError:
+        """The text of these columns of a row. is_chat_kept: a conversation is left as it is, for a template."""
         texts: list[str | None] = []
-        for column, scalar in zip(self.columns, scalars, strict=True):
+        for column, scalar in zip(columns, scalars, strict=True):
             try:
                 value = scalar.as_py()
                 if isinstance(value, str):
                     texts.append(value)
                     continue
-                chat = chat_of(value) if len(scalars) == 1 and _has_template(self._tokenizer) else None
+                if isinstance(value, dict) and choice_of(column) is not None:
+                    value = chosen_item(value)
+                chat = chat_of(value) if len(scalars) == 1 and is_chat_kept else None
                 if chat is not None:
                     return chat
                 texts.append(text_of(value))
             except UnicodeDecodeError as error:
                 return self._error(f"is not valid UTF-8: {error}", column)
+            except IndexError as error:
+                return self._error(f"cannot be had: {error}", column, error)
             except TypeError as error:
                 return self._error(
                     f"holds {scalar.type}, not text; name another column or give `process`", column, error
                 )
         joined = join_texts(texts)
         if joined is None:
-            return self._error("is null" if len(texts) == 1 else "are all null")
+            return self._error("is null" if len(texts) == 1 else "are all null", columns)
         return joined
 
     def _chat_ids(self, chat: Chat) -> Ids | DecodeError:
@@ -128,8 +137,13 @@ class TextProcessor:
             return self._error(f"cannot be laid out by the tokenizer's chat template: {_told(error)}", None, error)
         return self._checked(ids)
 
-    def _encode_all(self, encode: Encode, texts: list[str]) -> list[Ids | DecodeError]:
-        """The ids of each text; all at once, or one by one where that fails, so that only the bad row is lost."""
+    def _encode_all(
+        self, encode: Callable[[list[_Text]], Sequence[Any]], texts: list[_Text], checked: Callable[[Any], _Made]
+    ) -> list[_Made | DecodeError]:
+        """What ``checked`` makes of the ids of each text; all at once, or one by one where that fails.
+
+        So only the bad row is lost.
+        """
         if not texts:
             return []
         try:
@@ -140,9 +154,9 @@ class TextProcessor:
             raise
         except Exception as error:
             if len(texts) > 1:
-                return [ids for text in texts for ids in self._encode_all(encode, [text])]
+                return [ids for text in texts for ids in self._encode_all(encode, [text], checked)]
             return [self._error(f"cannot be tokenised: {_told(error)}", None, error)]
-        return [self._checked(value) for value in encoded]
+        return [checked(value) for value in encoded]
 
     def _checked(self, value: Any) -> Ids | DecodeError:
         """The ids in ``value``, cut to size, or why they cannot be used."""
@@ -171,9 +185,11 @@ class TextProcessor:
             )
         return ids
 
-    def _error(self, what: str, column: str | None = None, cause: Exception | None = None, **data: Any) -> DecodeError:
-        """Why a row has no ids. column: at fault; None: all."""
-        columns = self.columns if column is None else (column,)
+    def _error(
+        self, what: str, column: str | Sequence[str] | None = None, cause: Exception | None = None, **data: Any
+    ) -> DecodeError:
+        """Why a row has no ids. column: at fault, or several; None: all."""
+        columns = self.columns if column is None else (column,) if isinstance(column, str) else tuple(column)
         noun = "column" if len(columns) == 1 else "columns"
         error = DecodeError(
             f"text of {noun} {', '.join(map(repr, columns))} {what}",
@@ -245,7 +261,7 @@ def pad_id_of(tokenizer: Any) -> int:
     return pad if isinstance(pad, int) else 0
 
 
-def _batch_encoder(tokenizer: Any, max_length: int) -> Encode:
+def batch_encoder(tokenizer: Any, max_length: int) -> Encode:
     """What turns texts into something with the ids of each, in the fastest way that ``tokenizer`` has."""
     if tokenizer is None:
         return lambda texts: [np.frombuffer(text.encode(), np.uint8) for text in texts]
@@ -253,7 +269,7 @@ def _batch_encoder(tokenizer: Any, max_length: int) -> Encode:
         tokenizer, "encode_batch", None
     )
     if encode_batch is not None:
-        _limit(tokenizer, max_length)
+        limit(tokenizer, max_length)
         return encode_batch
     if callable(tokenizer) and hasattr(tokenizer, "convert_tokens_to_ids"):  # a transformers tokenizer
 
@@ -266,7 +282,7 @@ def _batch_encoder(tokenizer: Any, max_length: int) -> Encode:
     return lambda texts: [tokenizer.encode(text) for text in texts]
 
 
-def _limit(tokenizer: Any, max_length: int) -> None:
+def limit(tokenizer: Any, max_length: int) -> None:
     """Have a `tokenizers.Tokenizer` cut by itself, so that a closing special token survives, and not pad."""
     if not (hasattr(tokenizer, "enable_truncation") and hasattr(tokenizer, "no_padding")):
         return

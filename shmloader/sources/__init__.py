@@ -2,8 +2,12 @@
 
 ::
 
-    SourceRequest ──make_plan──▶ SourcePlan ──open_reader──▶ Reader.read(chunk) ──▶ Arrow batches
-                   (planner)                 (prefetchers)
+    SourceRequests ──make_plan──▶ SourcePlan ──open_reader──▶ Reader.read(chunk) ──▶ Arrow batches
+                    (planner)                 (prefetchers)
+
+    make_plan                    several sources → one plan, whose parts are theirs        several.py
+      └─▶ planning.plan_source   a slice or a sum of splits → a plan of theirs, likewise   splits.py
+            └─▶ one split of one source, as the table says
 
 ============  ======================================  =================================
 mode          rows come from                          chunks
@@ -30,24 +34,36 @@ before ``make_plan`` or ``open_reader`` is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 
 from shmloader.sources.base import OpenReader, Reader, SourcePlan, SourceRequest
 
 __all__ = ["make_plan", "open_reader"]
 
 
-def make_plan(request: SourceRequest) -> SourcePlan:
-    """What the requested dataset holds, and how it is cut into chunks. Planner only.
+def make_plan(*requests: SourceRequest) -> SourcePlan:
+    """What the requested datasets hold, and how they are cut into chunks. Planner only.
+
+    Of several the rows are numbered one dataset after the other. ``max_samples`` of the first is that of all together.
 
     Imports ``datasets``, unless an earlier run has planned the same local files (plan_cache.py).
 
     Raises:
         DatasetNotFoundError, SplitNotFoundError, EmptyDatasetError, ColumnError: as their names say.
         ReadError: a file cannot be read. SourceError: the Hub cannot be reached, or the card contradicts
-            the data. None of them shows a token.
+            the data; of several, that one has no known length. None of them shows a token.
     """
+    plans = [_plan_one(request) for request in requests]
+    if len(plans) == 1:
+        (plan,) = plans
+    else:
+        from shmloader.sources.several import mixed
+
+        plan = mixed(plans)
+    return plan.first(requests[0].max_samples)
+
+
+def _plan_one(request: SourceRequest) -> SourcePlan:
     from shmloader.sources import plan_cache
 
     plan = plan_cache.load(request)
@@ -56,19 +72,26 @@ def make_plan(request: SourceRequest) -> SourcePlan:
 
         plan = plan_with_fallback(request)
         plan_cache.store(request, plan)
-    return plan.first(request.max_samples)
+    return plan
 
 
 def open_reader(
-    request: SourceRequest, plan: SourcePlan, touch: Callable[[], None] = lambda: None
+    request: SourceRequest | Sequence[SourceRequest], plan: SourcePlan, touch: Callable[[], None] = lambda: None
 ) -> Reader | OpenReader:
     """A reader of the plan's chunks; of an open plan an `OpenReader`. Prefetcher only.
 
     Imports ``datasets`` only for what is loaded or sequential.
 
+    request: what the plan was made for; the same number of them.
     touch: called whenever something was read, also of what nobody asked for and is only passed over.
     """
-    request = replace(request, **plan.resolved)
+    requests = (request,) if isinstance(request, SourceRequest) else tuple(request)
+    if plan.parts:
+        from shmloader.sources.several import PartsReader
+
+        return PartsReader(requests, plan, open_reader, touch)
+    (request,) = requests
+    request = plan.resolve(request)
     if plan.mode == "synthetic":
         from shmloader.sources.synthetic import SyntheticReader
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import bisect
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
@@ -19,8 +21,8 @@ class SourceRequest:
 
     dataset: a Hub id, a local folder or file, or a loaded ``datasets`` object.
     split: name of the split, as ``datasets`` names it.
-    columns: the user's ``columns=``: role ("text", "image", "audio", "labels") → column, or path into one; of text
-        several in a list; None: recognise them.
+    columns: the user's ``columns=``: role ("text", "target", "image", "audio", "labels") → column, or path into one; of
+        text several in a list; None: recognise them.
     all_columns: the user's ``process`` takes whole rows, so every column is read and none is chosen.
     load: passed on to ``datasets`` (name, revision, token, data_files, …); not in the repr.
     is_iterable: the rows are only iterated over, so nobody has to know how many they are.
@@ -78,7 +80,8 @@ class Chunk:
     first_row: index of its first row in the whole split; num_rows: how many follow on, itself included.
     shard: index into `SourcePlan.shards`. piece: what the reader needs to find the rows in the shard
     (for Parquet: the row group, the first row within it, the row group's rows, and its bytes once
-    decompressed, needed columns only; of an open plan: the iteration's key, two numbers, and its epoch).
+    decompressed, needed columns only; of an open plan: the iteration's key, two numbers, and its epoch; of a plan
+    that has parts: the part, the chunk in it, and how many of that one's rows come before).
     """
 
     first_row: int
@@ -101,7 +104,7 @@ class SourcePlan:
     arrow_schema: of the rows that a reader yields, serialised. revision: the commit, for a Hub dataset.
     root: the local folder that stands for a Hub dataset: its snapshot in the Hub's cache, where it is read offline.
     resolved: what of the request was found out, as arguments for ``dataclasses.replace``: where a short name lies, and
-        under which split; what reads the plan's chunks goes by it.
+        under which split; of ``load`` what is to be added to it. What reads the plan's chunks goes by `resolve`.
     why: why it is not what was asked for, where it fell back ("synthetic", "downloaded").
     shard_bytes: size of each shard's file, where known. notices: one line each, for the user to see.
     warnings: the same, of what changes what is trained on, or where it is from.
@@ -111,6 +114,9 @@ class SourcePlan:
     `GUESSED_ROW_BYTES` a row.
     row_bytes: of an open plan, the same for one row.
     listing: of loose files, the rows without the files' bytes (listing.py). Not in the JSON: it travels beside it.
+    parts: the plans that this one is put together of (several.py); then it only names their chunks, or pieces of these:
+        who reads one asks the part's own reader. A part that is used twice is there twice.
+    is_mixed: the parts are sources of their own, and so are what samples are of; else they are splits of one source.
     """
 
     name: str
@@ -133,6 +139,8 @@ class SourcePlan:
     chunk_bytes: tuple[int, ...] = ()
     row_bytes: int = GUESSED_ROW_BYTES
     listing: pa.Buffer | None = field(default=None, repr=False)
+    parts: tuple[SourcePlan, ...] = ()
+    is_mixed: bool = False
 
     def __post_init__(self) -> None:
         assert len(self.units) == len(self.chunk_bytes) == len(self.chunks)
@@ -149,26 +157,95 @@ class SourcePlan:
 
     @property
     def schema(self) -> pa.Schema:
-        """The Arrow schema of the rows that a reader yields."""
+        """The Arrow schema of the rows that a reader yields; where there are parts, see `leaf`."""
+        return self._schema
+
+    @cached_property
+    def _schema(self) -> pa.Schema:
         return pa.ipc.read_schema(pa.py_buffer(self.arrow_schema))
 
+    @property
+    def sources(self) -> tuple[SourcePlan, ...]:
+        """What samples are of: the plan itself, or its parts."""
+        return self.parts if self.is_mixed else (self,)
+
+    @cached_property
+    def _first_rows(self) -> list[int]:
+        return [chunk.first_row for chunk in self.chunks]
+
+    def chunk_at(self, row: int) -> int:
+        """The chunk that ``row`` lies in."""
+        return bisect.bisect_right(self._first_rows, row) - 1
+
+    def source_of(self, chunk: int) -> int:
+        """Which of `sources` a chunk is of."""
+        return self.chunks[chunk].piece[0] if self.is_mixed else 0
+
+    def leaf(self, chunk: int) -> SourcePlan:
+        """The plan, itself without parts, that a chunk is read by."""
+        if not self.parts:
+            return self
+        part, inner, _ = self.chunks[chunk].piece
+        return self.parts[part].leaf(inner)
+
+    def origin(self, row: int) -> tuple[SourcePlan, int]:
+        """The plan, itself without parts, that ``row`` is of, and its number there."""
+        if not self.parts:
+            return self, row
+        chunk = self.chunks[self.chunk_at(row)]
+        part, inner, before = chunk.piece
+        plan = self.parts[part]
+        return plan.origin(plan.chunks[inner].first_row + before + row - chunk.first_row)
+
+    def listings(self) -> list[pa.Buffer]:
+        """The listings of the plan and its parts, each once, in the order in which `from_json` takes them."""
+        found = {} if self.listing is None else {self.listing.address: self.listing}
+        for part in self.parts:
+            found |= {listing.address: listing for listing in part.listings()}
+        return list(found.values())
+
     def to_json(self) -> str:
-        """A text from which `from_json` makes an equal plan, given the same ``listing``."""
-        raw = asdict(replace(self, listing=None))
-        del raw["listing"]
+        """A text from which `from_json` makes an equal plan, given the same ``listings``."""
+        return json.dumps(self._raw([listing.address for listing in self.listings()]))
+
+    def _raw(self, listings: list[int]) -> dict[str, Any]:
+        """What JSON can hold of it. listings: the address of each."""
+        raw = {f.name: getattr(self, f.name) for f in fields(self)}
+        raw["columns"] = asdict(self.columns)
         raw["arrow_schema"] = base64.b64encode(self.arrow_schema).decode()
         raw["chunks"] = [(c.first_row, c.num_rows, c.shard, c.piece) for c in self.chunks]
-        return json.dumps(raw)
+        raw["parts"] = [part._raw(listings) for part in self.parts]
+        raw["listing"] = None if self.listing is None else listings.index(self.listing.address)
+        return raw
 
     @classmethod
-    def from_json(cls, text: str, listing: pa.Buffer | None = None) -> SourcePlan:
-        """The plan that `to_json` wrote."""
-        raw: dict[str, Any] = json.loads(text)
+    def from_json(cls, text: str, listings: Sequence[pa.Buffer] = ()) -> SourcePlan:
+        """The plan that `to_json` wrote. listings: see `listings`."""
+        return cls._from_raw(json.loads(text), listings)
+
+    @classmethod
+    def _from_raw(cls, raw: dict[str, Any], listings: Sequence[pa.Buffer]) -> SourcePlan:
         columns: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.pop("columns").items()}
         chunks = tuple(Chunk(first, num, shard, tuple(piece)) for first, num, shard, piece in raw.pop("chunks"))
         schema = base64.b64decode(raw.pop("arrow_schema"))
+        parts = tuple(cls._from_raw(part, listings) for part in raw.pop("parts"))
+        at = raw.pop("listing")
         rest: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()}
-        return cls(columns=Columns(**columns), chunks=chunks, arrow_schema=schema, listing=listing, **rest)
+        return cls(
+            columns=Columns(**columns),
+            chunks=chunks,
+            arrow_schema=schema,
+            parts=parts,
+            listing=None if at is None else listings[at],
+            **rest,
+        )
+
+    def resolve(self, request: SourceRequest) -> SourceRequest:
+        """``request`` as what reads the plan's chunks goes by it: with what was found out, and its own token."""
+        found = dict(self.resolved)
+        if "load" in found:
+            found["load"] = {**request.load, **found["load"]}
+        return replace(request, **found)
 
     def first(self, num_rows: int | None) -> SourcePlan:
         """The plan of the first ``num_rows`` rows alone; of all if there are no more, or if None."""

@@ -7,14 +7,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shmloader.catalog import ROLES
+from shmloader.column_path import choice_of
 from shmloader.errors import ColumnError
 from shmloader.sources import features as kinds
 from shmloader.sources.base import Columns
 from shmloader.sources.features import describe
 
 log = logging.getLogger("shmloader.sources")
-
-ROLES = ("text", "image", "audio", "labels")
 
 #: The usual names of the column to read as text, best first; names of one line are equally good
 #: (collected from the dataset cards of the catalogue and of the Hub's most used text datasets).
@@ -27,6 +27,8 @@ TEXT_NAMES: tuple[tuple[str, ...], ...] = (
 )
 #: The usual names of a column of conversations.
 CHAT_NAMES = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
+#: Of which an example is shown: a target is not told from text.
+_SHOWN_ROLES = tuple(role for role in ROLES if role != "target")
 LABEL_NAMES = ("labels", "label")
 #: The same in a WebDataset.
 OTHER_LABEL_NAME = "cls"
@@ -55,7 +57,8 @@ def choose_columns(
         chosen = _given(features, columns, dataset)
     else:
         chosen = _recognised(features, dataset)
-    needed = tuple(dict.fromkeys(kinds.column_of(features, path) for role in ROLES for path in _paths(chosen, role)))
+    paths = [path for role in ROLES for path in _paths(chosen, role)]
+    needed = tuple(dict.fromkeys(column for path in paths for column in kinds.columns_of(features, path)))
     notices = (_notice(chosen, dataset), *_unused_notice(features, needed, dataset))
     for notice in notices:
         log.info(notice)
@@ -66,7 +69,7 @@ def cheapest(chosen: Columns, needed: Sequence[str]) -> str:
     """The column of ``needed`` with the fewest bytes, as far as can be told: to count rows by."""
     for role in ("labels", "text"):
         for path in _paths(chosen, role):
-            return path if path in needed else path.split(".")[0]
+            return kinds.columns_of(needed, path)[0]
     return needed[0]
 
 
@@ -103,6 +106,12 @@ def _given(features: Mapping[str, Any], columns: Mapping[str, Any], dataset: str
             raise _column_error(features, dataset, f"{said}: the list of {role} columns is empty")
         for path in given if is_several else (given,):
             _check_given(features, role, path, said, dataset)
+    if "target" in columns and "text" not in columns:
+        raise _column_error(features, dataset, f"{said} names a target, but no text that it is the answer to")
+    if {"target", "labels"} <= set(columns):
+        raise _column_error(
+            features, dataset, f"{said} names target and labels, but the labels of a prompt's answer are its tokens"
+        )
     if not {"text", "image", "audio"} & set(columns):
         raise _column_error(features, dataset, f"{said} names neither text nor image nor audio")
     chosen = {role: tuple(given) if isinstance(given, list) else given for role, given in columns.items()}
@@ -118,6 +127,8 @@ def _check_given(features: Mapping[str, Any], role: str, path: Any, said: str, d
     if found is None:
         near = difflib.get_close_matches(path, list(kinds.all_paths(features)), n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
+        if choice_of(path) is not None:
+            hint += "; list[number] takes the item of a list whose number is in an integer column"
         raise _column_error(features, dataset, f"{said}: there is no column {path!r}{hint}")
     feature, through_list = found
     if not kinds.fits(role, feature, through_list):
@@ -173,7 +184,7 @@ def _one_of(features: Mapping[str, Any], role: str, candidates: Sequence[str], d
 
 def _column_error(features: Mapping[str, Any], dataset: str, what: str) -> ColumnError:
     listed = "\n".join(f"    {name}: {describe(feature)}" for name, feature in features.items()) or "    (none)"
-    example = {role: path for role in ROLES if (path := _example(features, role)) is not None}
+    example = {role: path for role in _SHOWN_ROLES if (path := _example(features, role)) is not None}
     remedy = "Take whole rows with process=."
     if set(example) - {"labels"}:
         remedy = f"Say which to use with columns=, for example columns={example!r}, or take whole rows with process=."

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from shmloader.errors import SourceError
 from shmloader.sources.base import SourcePlan, SourceRequest
-from shmloader.sources.planning import plan_source
+from shmloader.sources.entries import plan_entry
 from shmloader.sources.resolve import cannot_stream, is_answered, source_name
 from shmloader.sources.synthetic import can_make, plan_synthetic
 
@@ -35,7 +35,7 @@ def plan_with_fallback(request: SourceRequest) -> SourcePlan:
         As `shmloader.sources.make_plan`.
     """
     try:
-        return plan_source(request)
+        return plan_entry(request)
     except SourceError as error:
         if cannot_stream(error) and not request.is_downloaded:
             return _downloaded(request, error)
@@ -55,7 +55,7 @@ def _downloaded(request: SourceRequest, error: SourceError) -> SourcePlan:
             "fallback='download'.",
             **error.data,
         ) from error
-    plan = plan_source(replace(request, is_downloaded=True))
+    plan = plan_entry(replace(request, is_downloaded=True))
     notice = f"{name}: downloaded, since {why}"
     return replace(plan, why=why, notices=(notice, *plan.notices), resolved={**plan.resolved, "is_downloaded": True})
 

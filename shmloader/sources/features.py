@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from shmloader.column_path import choice_of
+
 _STRING_TYPES = ("string", "large_string", "string_view")
 _BINARY_TYPES = ("binary", "large_binary", "binary_view")
 _MEDIA = ("Image", "Audio", "Video", "Pdf")
@@ -46,10 +48,15 @@ def item_of(feature: Any) -> Any | None:
 def find(features: Mapping[str, Any], path: str) -> tuple[Any, bool] | None:
     """The feature at ``path``, and whether the way there goes through a list; None: there is none.
 
-    A column of that name comes before what lies inside a column.
+    A column of that name comes before what lies inside a column. Of "options[correct]" it is that of an item.
     """
     if path in features:
         return features[path], False
+    choice = choice_of(path)
+    if choice is not None:
+        items, number = (find(features, part) for part in choice)
+        item = None if items is None or items[1] else item_of(items[0])
+        return None if item is None or number is None or number[1] or not _is_number(number[0]) else (item, False)
     inside: Any = features
     through_list = False
     for name in path.split("."):
@@ -61,9 +68,14 @@ def find(features: Mapping[str, Any], path: str) -> tuple[Any, bool] | None:
     return inside, through_list
 
 
-def column_of(features: Mapping[str, Any], path: str) -> str:
-    """The column that ``path`` lies in."""
-    return path if path in features else path.split(".")[0]
+def columns_of(features: Mapping[str, Any] | Sequence[str], path: str) -> tuple[str, ...]:
+    """The columns that ``path`` needs: the one that it lies in, or both of "options[correct]"."""
+    if path in features:
+        return (path,)
+    choice = choice_of(path)
+    if choice is not None:
+        return tuple(dict.fromkeys(column for part in choice for column in columns_of(features, part)))
+    return (path.split(".")[0],)
 
 
 def all_paths(features: Mapping[str, Any]) -> Iterator[str]:
@@ -80,6 +92,8 @@ def fits(role: str, feature: Any, through_list: bool = False) -> bool:
     """Whether what has this feature can be used as ``role`` when the user says so."""
     if role == "text":
         return is_string(feature) or is_chat(feature) or is_strings(feature)
+    if role == "target":
+        return is_string(feature) or is_strings(feature)
     if through_list:
         return False
     if role == "labels":
@@ -92,6 +106,11 @@ def fits(role: str, feature: Any, through_list: bool = False) -> bool:
 def is_string(feature: Any) -> bool:
     """Is it a string."""
     return kind_of(feature) == "Value" and feature.dtype in _STRING_TYPES
+
+
+def _is_number(feature: Any) -> bool:
+    """Whether it can say which item of a list is meant: an integer, a class, or a string (a digit or a letter)."""
+    return is_integer(feature) or kind_of(feature) == "ClassLabel" or is_string(feature)
 
 
 def is_strings(feature: Any) -> bool:

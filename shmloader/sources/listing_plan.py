@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
+from shmloader.sources.base import Chunk, Columns, SourcePlan, SourceRequest
 from shmloader.sources.columns import choose_columns
 from shmloader.sources.hub import SCHEME, cached_copy, is_remote
 from shmloader.sources.listing import write_listing
@@ -60,13 +61,36 @@ def plan_listing(request: SourceRequest, builder: Any, locate: Locate | None = N
         batches = [
             conform(batch, schema, {}) for batch in _batches(rows, {column: features[column] for column in needed})
         ]
-        batches, is_local = _relocated(batches, media, locate or _cached)
+    notices = (*notices, "{} rows from the listing of its files, which are read when needed")
+    return plan_rows(request, builder, Listed(columns, schema, media, batches, notices), locate)
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The rows of a listing, before it is known where their files are read from.
+
+    media: the columns that name files. notices: in the last one {} stands for the number of rows.
+    """
+
+    columns: Columns
+    schema: pa.Schema
+    media: tuple[str, ...]
+    batches: list[pa.RecordBatch]
+    notices: tuple[str, ...]
+
+
+def plan_rows(request: SourceRequest, builder: Any, listed: Listed, locate: Locate | None = None) -> SourcePlan:
+    """The plan of rows that name their files; see `plan_listing`."""
+    name, schema, media = source_name(request), listed.schema, listed.media
+    with translated(request, "list the files of"):
+        batches, is_local = _relocated(listed.batches, media, locate or _cached)
         sizes = _row_sizes(batches, media, request.load.get("token"))
     num_rows = len(sizes)
     if num_rows == 0:
         raise empty_dataset(request)
     row_bytes = -(-sum(batch.nbytes for batch in batches) // num_rows)
     chunks, chunk_bytes = _cut([size + row_bytes for size in sizes], stream_bytes(schema))
+    *notices, told = listed.notices
     return SourcePlan(
         name=name,
         split=request.split,
@@ -74,11 +98,11 @@ def plan_listing(request: SourceRequest, builder: Any, locate: Locate | None = N
         num_rows=num_rows,
         shards=(name,),
         chunks=chunks,
-        columns=columns,
+        columns=listed.columns,
         arrow_schema=schema.serialize().to_pybytes(),
         revision=commit_of(builder),
         num_bytes=sum(sizes),
-        notices=(*notices, f"{name}: {num_rows} rows from the listing of its files, which are read when needed"),
+        notices=(*notices, f"{name}: {told.format(num_rows)}"),
         units=tuple(range(len(chunks))),
         chunk_bytes=chunk_bytes,
         listing=write_listing(batches, schema, media),

@@ -61,6 +61,8 @@ def store(request: SourceRequest, plan: SourcePlan) -> None:
 
 def _path_of(request: SourceRequest) -> Path | None:
     """Where the plan of ``request`` lies; None if it is not of local files, or depends on more than can be told."""
+    if request.entry is not None:
+        return None  # where it lies is not known yet
     if not isinstance(request.dataset, (str, Path)) or {"data_files", "data_dir"} & request.load.keys():
         return None  # with these it may be other files than those below
     root = Path(request.dataset).expanduser()

@@ -18,12 +18,21 @@ from shmloader.sources.origin import find_origin
 from shmloader.sources.parquet_plan import can_plan, is_on_hub, plan_parquet
 from shmloader.sources.prepare import prepare
 from shmloader.sources.resolve import check_name, check_split, quiet_datasets, source_name, split_names
+from shmloader.sources.splits import ALL, is_expression, plan_all, plan_expression
 from shmloader.sources.stream import plan_stream
+from shmloader.sources.table_plan import plan_table
 
 
 def plan_source(request: SourceRequest) -> SourcePlan:
     """The plan of any source; see `shmloader.sources.make_plan`."""
     check_name(request)
+    if is_expression(request):
+        return plan_expression(request, _plan_split)
+    return plan_all(request, _plan_split) if request.split == ALL else _plan_split(request)
+
+
+def _plan_split(request: SourceRequest) -> SourcePlan:
+    """The plan of one split, by its name."""
     datasets = quiet_datasets()
     dataset: Any = request.dataset
     if isinstance(dataset, (datasets.Dataset, datasets.DatasetDict)):
@@ -55,6 +64,9 @@ def _plan_files(request: SourceRequest, builder: Any) -> SourcePlan:
     is_remote = is_on_hub(builder)
     if can_plan(builder) and not is_remote:
         return plan_parquet(request, builder)
+    table = plan_table(request, builder)
+    if table is not None:
+        return table
     ready = prepared(request, builder)
     if ready is not None:
         return plan_loaded(request, ready)

@@ -138,11 +138,9 @@ def check_split(request: SourceRequest, available: Sequence[str]) -> None:
     """Raise `SplitNotFoundError` if the requested split is not among ``available``."""
     if available and request.split not in available:
         name = source_name(request)
-        is_expression = any(sign in request.split for sign in "[+")
-        sliced = " Slices and sums of splits are not names: load them with datasets, and give the loaded object."
         raise SplitNotFoundError(
             f"{name} has no split {request.split!r}; it has {', '.join(map(repr, available))}. "
-            f"Choose one of these with split=.{sliced if is_expression else ''}",
+            "Choose one of these with split=.",
             dataset=name,
             split=request.split,
             available=list(available),

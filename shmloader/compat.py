@@ -1,0 +1,205 @@
+"""The names of the loader that this package replaces, for scripts that still use them; docs/migration.md tells the new.
+
+What they did with a thread and a deque in every worker is done by the set of `ShmMultimodalDataset` here: rows are
+fetched and processed once, by processes that all workers share.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+from torch.utils.data import DataLoader, IterableDataset
+
+from shmloader.collate import PADDED, collate_as
+from shmloader.dataset import ShmMultimodalDataset
+from shmloader.errors import OptionError
+from shmloader.iterable import ShmMultimodalIterableDataset
+from shmloader.permutation import whole_number
+
+__all__ = ["MultimodalDataset", "StreamingDatasetWrapper", "collate_fn", "create_multimodal_dataloaders"]
+
+log = logging.getLogger("shmloader.compat")
+
+#: Workers of `create_multimodal_dataloaders` where the caller says nothing: as the old function had.
+_NUM_WORKERS = 2
+
+
+class MultimodalDataset(ShmMultimodalDataset):
+    """`ShmMultimodalDataset` under its old name, with the same arguments.
+
+    The methods by which it loaded its rows do nothing any more, and say so: rows are loaded by the prefetch processes,
+    from the constructor on.
+    """
+
+    def _load_data(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Deprecated: an empty list."""
+        _warn_of("_load_data", "rows are streamed by prefetch processes; index the dataset")
+        return []
+
+    def _ensure_local_dataset(self, *args: Any, **kwargs: Any) -> None:
+        """Deprecated: None."""
+        _warn_of("_ensure_local_dataset", "use_streaming=False downloads a dataset first")
+
+    def _load_single_dataset(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Deprecated: an empty list."""
+        _warn_of("_load_single_dataset", "dataset_name= takes one name, or a list of them")
+        return []
+
+
+def _warn_of(method: str, instead: str) -> None:
+    message = f"MultimodalDataset.{method}() does nothing any more: {instead}. It will be removed."
+    log.warning("%s", message)
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+
+
+class StreamingDatasetWrapper(IterableDataset[dict[str, Any]]):
+    """Iterates over the rows of any ``datasets`` object, fetched and decoded ahead by processes that all workers share.
+
+    A row is a dict of Python objects, as ``datasets`` yields it without a format: images as PIL images, audio as
+    {"array": float32 [n], "sampling_rate", "path"} (mono, at the rate that its feature names, else at its own). In the
+    workers of a DataLoader each row comes once, over all of them. Each ``iter()`` begins at the front.
+
+    Safe to use from several threads, and in DataLoader workers, forked or spawned. `close` it, or use it as a context
+    manager; else its processes end with this one.
+
+    dataset: a ``Dataset`` or an ``IterableDataset``; of a dict of these the split ``"train"``.
+    max_cache_size: of a stream, rows that are decoded ahead of the readers; else, rows that stay for the next
+        iteration.
+
+    Raises:
+        OptionError: it is something else, or max_cache_size no whole number from 1 up. Iterating raises what is wrong
+            with a row where it would come (docs/errors.md).
+    """
+
+    def __init__(self, dataset: Any, max_cache_size: int = 1000) -> None:
+        if not hasattr(dataset, "features") and not isinstance(dataset, Mapping):
+            raise OptionError(
+                f"StreamingDatasetWrapper takes a Dataset or IterableDataset of `datasets`, but got "
+                f"{type(dataset).__name__}. For a name or a folder use ShmMultimodalIterableDataset.",
+                name="dataset",
+                value=type(dataset).__name__,
+                allowed="a Dataset or IterableDataset",
+            )
+        rows = dataset["train"] if isinstance(dataset, Mapping) and "train" in dataset else dataset
+        self.dataset = rows
+        self.max_cache_size = whole_number("max_cache_size", max_cache_size, 1)
+        self._samples = ShmMultimodalIterableDataset(
+            dataset_name=rows, process=_Pickled(getattr(rows, "features", None)), cache_size=self.max_cache_size
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for sample in self._samples:
+            # A copy of its own: what is unpickled may keep the buffer.
+            yield pickle.loads(sample["row"].numpy().tobytes())
+
+    def __len__(self) -> int:
+        num_rows = self._samples.stats().num_rows
+        if num_rows is None:
+            raise TypeError("this stream does not tell its length")
+        return num_rows
+
+    def set_epoch(self, epoch: int) -> None:
+        """Name the epoch of the next iteration: another order of a shuffled stream."""
+        self._samples.set_epoch(epoch)
+
+    def close(self) -> None:
+        """End its processes, and free what they kept."""
+        self._samples.close()
+
+    cleanup = close
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned worker reads through the set, not from the rows: they may be large, and open files.
+        return {**self.__dict__, "dataset": None}
+
+
+class _Pickled:
+    """A ``process``: a row of Python objects, pickled. features: of ``datasets``, None where a stream has none."""
+
+    def __init__(self, features: Any) -> None:
+        self._features = features
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        decoded = {name: self._decoded(name, value) for name, value in row.items()}
+        return {"row": np.frombuffer(pickle.dumps(decoded, protocol=5), np.uint8)}
+
+    def _decoded(self, name: str, value: Any) -> Any:
+        feature = None if self._features is None else self._features.get(name)
+        if value is None or feature is None or not getattr(feature, "decode", False):
+            return value
+        kind = type(feature).__name__
+        if kind == "Image":
+            return feature.decode_example(value)
+        return _clip(value, feature.sampling_rate) if kind == "Audio" else value
+
+
+def _clip(value: Mapping[str, Any], rate: int | None) -> dict[str, Any]:
+    """A decoded clip, as ``datasets`` gave it before it took torchcodec."""
+    from shmloader.processors.audio import decode_audio
+    from shmloader.processors.sound_file import read_sound
+
+    if rate is None:
+        _, rate = read_sound(value["bytes"], value["path"], lambda _: 1)
+    return {"path": value["path"], "array": decode_audio(value, rate), "sampling_rate": rate}
+
+
+def collate_fn(batch: Sequence[Mapping[str, Any]]) -> Any:
+    """The batch of samples: padded, with masks, whether they are this package's samples or plain dicts.
+
+    As ``dataset.collate``, for scripts that name the function without the dataset.
+
+    Raises:
+        ShmloaderError: the samples have different fields, or the values of one cannot be laid side by side.
+    """
+    return collate_as(None, PADDED, batch)
+
+
+def create_multimodal_dataloaders(
+    config: Any = None,
+    tokenizer: Any = None,
+    batch_size: int = 32,
+    dataset_name: Any = "auto",
+    task_type: str | None = None,
+    *,
+    num_workers: int = _NUM_WORKERS,
+    seed: int = 0,
+    **arguments: Any,
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Two DataLoaders, for training (shuffled, each epoch anew) and for validation (in the data's order).
+
+    arguments: further ones of `ShmMultimodalDataset`. The splits are "train" and "validation"; what a named dataset has
+    in place of a split that it lacks, docs/datasets.md tells.
+
+    Raises:
+        As `ShmMultimodalDataset`; SplitNotFoundError: there is no validation split.
+    """
+    made: list[MultimodalDataset] = []
+    try:
+        for split in ("train", "validation"):
+            made.append(MultimodalDataset(config, tokenizer, split, dataset_name, task_type, **arguments))
+    except BaseException:
+        for dataset in made:
+            dataset.close()
+        raise
+    train, validation = (
+        DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=dataset.sampler(shuffle=shuffle, seed=seed),
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+        )
+        for dataset, shuffle in zip(made, (True, False), strict=True)
+    )
+    return train, validation

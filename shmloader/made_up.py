@@ -23,8 +23,8 @@ def made_up(like: Sample, plan: SetPlan, row: int) -> Sample:
     """
     attachment = like._attachment
     assert attachment is not None
-    face, classes = attachment.face, plan.class_names(row)
-    seed = f"{plan.name(row)}\0{plan.source.split}\0{plan.number(row)}"
+    face, classes, origin = attachment.face, plan.class_names(row), plan.origin(row)
+    seed = f"{origin['source']}\0{origin['row']}"
     labels = next((field.name for field in face.fields if field.name == "labels" and not field.shape), None)
     items: dict[str, Any] = {}
     for key, value in like.items():

@@ -93,7 +93,7 @@ class Reader:
         """Say what is to be done about bad rows; before the first is read."""
         self.policy = policy
         self._stand_ins = StandIns(
-            self.plan, policy, self._quarantine, self.wait_for, lambda rows: self.attach().are_there(rows)
+            self.plan, policy, self._quarantine, self.wait_for, lambda rows: self.attach().are_at_hand(rows)
         )
 
     def face(self) -> Face | None:
@@ -186,9 +186,10 @@ class Reader:
         log.warning("a bad row: %s", error)
         # The schema's place among these: that is no warning.
         if self.attach().segment.text_put(native.TEXT_SHOWN + native.TEXT_SCHEMA, b"1") != native.EXISTS:
+            name, policy = self.plan.origin(row)["source"], self.policy
             warnings.warn(
-                f"{self.plan.name(row)} has a bad row, in whose place on_error={self.policy.on_error!r} has another, "
-                f"so for those to come, which dataset.quarantine lists and the log tells of. {error}",
+                f"{name} has a bad row, in whose place on_error={policy.on_error!r} has another, so for those to come, "
+                f"which dataset.quarantine lists and the log tells of. {error}",
                 stacklevel=2,
             )
 
@@ -205,9 +206,7 @@ class Reader:
         plan = self.plan
         return [
             {
-                "source": plan.name(bad.id),
-                "shard": plan.shard(bad.id),
-                "row": plan.number(bad.id),
+                **plan.origin(bad.id),
                 "num_rows": bad.num_rows,
                 "field": bad.field,
                 "error": bad.error,

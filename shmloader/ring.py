@@ -38,6 +38,8 @@ atexit.register(native.set_exiting)
 
 #: Records begin at multiples of it: SHML_ALIGN in native/layout.h.
 ALIGNMENT = 64
+#: As the core says that an id has no chunk (UINT32_MAX).
+_NO_CHUNK = 0xFFFFFFFF
 #: A guest that waits looks this often whether there is a slot by now (guessed: a try costs some 0.1 ms).
 JOIN_S = 1.0
 
@@ -241,11 +243,15 @@ class Ring:
             if missing:  # else something gave way just now, and is missing at the next look
                 self.segment.guest_wait(seen, native.TICK_MS)
 
-    def are_there(self, ids: Sequence[int]) -> list[bool]:
-        """Of each whether its sample is there now. Nothing is waited for, or kept."""
+    def are_at_hand(self, ids: Sequence[int]) -> list[bool]:
+        """Of each whether its sample is in the ring now, or its encoded row. Nothing is waited for, or kept."""
         asked = array("Q", ids)
         packed = self.segment.guest_get(asked)[0] if self.is_guest else self.segment.get_many(asked, 0, None)[0]
-        return [status == native.READY for status, _ in Refs(ids, packed, self.mapping).statuses()]
+        found = Refs(ids, packed, self.mapping).statuses()
+        chunks = {chunk for status, chunk in found if status == native.MISSING and chunk != _NO_CHUNK}
+        states = dict(zip(chunks, self.segment.chunk_look(array("I", chunks)), strict=True))
+        is_fetched = {chunk for chunk, state in states.items() if state & native.CHUNK_HAS_RAW}
+        return [status == native.READY or (status == native.MISSING and chunk in is_fetched) for status, chunk in found]
 
     def has_slot(self) -> bool:
         """Whether this process is a client of the set. A guest tries to become one, but not too often."""

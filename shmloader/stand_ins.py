@@ -3,12 +3,13 @@
 Which one that is depends on the data alone: the next row, or the row behind the chunk if that cannot be read, and so on
 until one is good; behind the source's last row comes its first. So length, order and resuming stay exact, whatever
 the number of workers, the size of the ring, or the time. Only while a server cannot be reached is it the next row that
-happens to be in the ring, and only for that read.
+happens to be at hand, and only for that read.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -20,8 +21,10 @@ from shmloader.ring import Place, Refs
 
 log = logging.getLogger("shmloader")
 
-#: Rows that are looked at at once, for one that is there.
+#: Rows that are looked at at once, for one that is at hand.
 _LOOK_ROWS = 256
+#: What stands in for now is told so often at most, in seconds.
+_TELL_S = 10.0
 #: So many bad rows are shown.
 _SHOWN = 3
 
@@ -37,7 +40,7 @@ class WaitsFor(Protocol):
 class StandIns:
     """One process's knowledge of which row stands in for which. Any number of threads.
 
-    wait_for: as `Reader.wait_for`. are_there: of each row whether its sample is in the ring.
+    wait_for: as `Reader.wait_for`. are_at_hand: as `Ring.are_at_hand`.
     """
 
     def __init__(
@@ -46,10 +49,11 @@ class StandIns:
         policy: BadRows,
         quarantine: Quarantine,
         wait_for: WaitsFor,
-        are_there: Callable[[Sequence[int]], list[bool]],
+        are_at_hand: Callable[[Sequence[int]], list[bool]],
     ) -> None:
         self._plan, self._policy, self._quarantine = plan, policy, quarantine
-        self._wait_for, self._are_there = wait_for, are_there
+        self._wait_for, self._are_at_hand = wait_for, are_at_hand
+        self._told_at = float("-inf")
         self._next: dict[int, int] = {}  # bad row → the one to take instead, if that is not bad itself
 
     def known(self, rows: Sequence[int]) -> Sequence[int]:
@@ -74,10 +78,13 @@ class StandIns:
             try:
                 return self._wait_for(asked, place)
             except ShmloaderError as error:
+                if is_passing(error):
+                    asked = self._at_hand(asked, error)
+                    continue
                 if error.at is None or not is_bad_row(error):
                     raise
                 bad = error.at[0]
-                other = self._there(bad, error) if is_passing(error) else self._after(bad, error)
+                other = self._after(bad, error)
             asked = [other if row == bad else row for row in asked]
 
     def _after(self, bad: int, error: ShmloaderError) -> int:
@@ -98,16 +105,28 @@ class StandIns:
             row = other
         return row
 
-    def _there(self, bad: int, error: ShmloaderError) -> int:
-        """The first row behind ``bad`` that is in the ring. Raises ``error``: there is none."""
-        first, end = self._plan.span(bad)
-        for begin, stop in ((bad + 1, end), (first, bad)):
+    def _at_hand(self, rows: Sequence[int], error: ShmloaderError) -> list[int]:
+        """``rows``, with others in the place of those that are not at hand, as far as they are of the same source.
+
+        Raises ``error``: there are none.
+        """
+        first, end = (0, self._plan.source.num_rows or 0) if error.at is None else self._plan.span(error.at[0])
+        found = zip(rows, self._are_at_hand(rows), strict=True)
+        lacking = {row for row, is_there in found if not is_there and first <= row < end}
+        others = {row: self._next_at_hand(row, error) for row in lacking}
+        if others and time.monotonic() - self._told_at > _TELL_S:
+            self._told_at = time.monotonic()
+            log.warning("for now others stand in for %d rows of a batch of %d: %s", len(others), len(rows), error)
+        return [others.get(row, row) for row in rows]
+
+    def _next_at_hand(self, row: int, error: ShmloaderError) -> int:
+        first, end = self._plan.span(row)
+        for begin, stop in ((row + 1, end), (first, row)):
             for at in range(begin, stop, _LOOK_ROWS):
-                rows = range(at, min(at + _LOOK_ROWS, stop))
-                found = next((row for row, is_there in zip(rows, self._are_there(rows), strict=True) if is_there), None)
-                if found is not None:
-                    log.warning("row %d stands in for row %d for now: %s", found, bad, error)
-                    return found
+                some = range(at, min(at + _LOOK_ROWS, stop))
+                for other, is_there in zip(some, self._are_at_hand(some), strict=True):
+                    if is_there:
+                        return other
         raise error
 
     def _check(self, error: ShmloaderError | None) -> None:

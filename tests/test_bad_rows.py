@@ -414,3 +414,13 @@ def test_a_bad_value_is_an_option_error(numbers, name, value):
     with pytest.raises(OptionError) as caught:
         ShmMultimodalDataset(dataset_name=numbers, process=number, **{name: value})
     assert caught.value.name == name
+
+
+# ---- a server that cannot be reached ----------------------------------------------------------------------------
+
+
+def test_what_is_at_hand_is_in_the_ring_or_fetched(pictures):
+    with opened(pictures, config=PICTURES, on_error="skip", max_bad=0.1, options=options()) as dataset:
+        dataset[list(range(ROWS))]
+        found = dataset._reader.attach().are_at_hand(range(ROWS))
+        assert [row for row, is_there in enumerate(found) if not is_there] == list(BAD)

@@ -73,12 +73,12 @@ class Ring:
                 raise error
         return Refs(rows, b"", Mapping(-1, 64, True, "none"))
 
-    def are_there(self, rows: Sequence[int]) -> list[bool]:
+    def are_at_hand(self, rows: Sequence[int]) -> list[bool]:
         return [row not in self.bad and row // CHUNK not in self.away | self.broken for row in rows]
 
     def stand_ins(self, **policy: Any) -> StandIns:
         said = BadRows(**{"on_error": "skip", "max_bad": 1.0, **policy})
-        return StandIns(plan(), said, self.quarantine, self.wait_for, self.are_there)
+        return StandIns(plan(), said, self.quarantine, self.wait_for, self.are_at_hand)
 
 
 def instead_of(row: int, ring: Ring) -> int:
@@ -160,16 +160,24 @@ def test_what_other_processes_have_met_counts():
         stand_ins.find([1], None)
 
 
-def test_while_a_server_cannot_be_reached_a_row_that_is_there_stands_in_and_only_then():
+def test_while_a_server_cannot_be_reached_a_row_that_is_at_hand_stands_in_and_only_then():
     ring = Ring(bad=[16], away=[1])
     stand_ins = ring.stand_ins(max_bad=0.0)
-    assert list(stand_ins.find([7, 9], None).ids) == [7, 17]
+    assert list(stand_ins.find([7, 9, 15], None).ids) == [7, 17, 17]
     assert ring.quarantine.num_met() == 0
     ring.away.clear()
     assert list(stand_ins.find([7, 9], None).ids) == [7, 9]
 
 
-def test_while_a_server_cannot_be_reached_and_nothing_is_there_its_error_is_raised():
+def test_rows_that_only_have_to_be_decoded_are_waited_for_while_a_server_cannot_be_reached():
+    ring = Ring(away=[1, 3])
+    stand_ins = ring.stand_ins()
+    found = stand_ins.find([0, 8, 16, 24], None)
+    assert list(found.ids) == [0, 16, 16, 32]
+    assert ring.num_looks == 2  # what is not at hand was replaced at once
+
+
+def test_while_a_server_cannot_be_reached_and_nothing_is_at_hand_its_error_is_raised():
     ring = Ring(away=range(ROWS // CHUNK))
     with pytest.raises(SourceError, match="no Hub"):
         ring.stand_ins().find([9], None)
@@ -185,7 +193,7 @@ def test_what_is_no_fault_of_a_row_is_raised(kind, monkeypatch):
     def wait_for(rows: Sequence[int], place: Any) -> Refs:
         raise error
 
-    stand_ins = StandIns(plan(), BadRows("skip"), ring.quarantine, wait_for, ring.are_there)
+    stand_ins = StandIns(plan(), BadRows("skip"), ring.quarantine, wait_for, ring.are_at_hand)
     with pytest.raises(kind):
         stand_ins.find([3], None)
 

@@ -52,14 +52,6 @@ class SetPlan:
         told = {"source": self.name(row), "shard": _shard(found, number), "row": number}
         return told | {"index": row} if self.source.parts else told
 
-    def number(self, row: int) -> int:
-        """The number of ``row`` in its whole split; in an open set its position, which its id ends in."""
-        return self._found(row)[1]
-
-    def shard(self, row: int) -> str | None:
-        """The shard that ``row`` lies in, or its file; None: there are none."""
-        return _shard(*self._found(row))
-
     def name(self, row: int) -> str:
         """The name of the source that ``row`` is of."""
         return self.source.sources[self._source(row)].name
@@ -73,7 +65,7 @@ class SetPlan:
         sizes = [source.num_rows or 0 for source in self.source.sources]
         at = self._source(row)
         first = sum(sizes[:at])
-        return first, first + sizes[at]
+        return first, min(first + sizes[at], self.source.num_rows or 0)  # of the first rows alone: fewer
 
     def chunk_rows(self, row: int) -> tuple[int, int]:
         """The first row of the chunk that ``row`` is in, and the one behind its last. Not of an open source."""

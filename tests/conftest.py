@@ -49,7 +49,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Caches (plans, the demo's data, a Hub's files) are of this run, its workers' together: not those of who runs it."""
+    """Caches (plans, the demo's data, a Hub's files) are of this run, its workers' together, and gone with it."""
     if hasattr(config, "workerinput"):  # it has the environment of the process that started it
         return
     cache = tempfile.mkdtemp(prefix="shmloader-tests-cache-")

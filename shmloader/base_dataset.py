@@ -190,6 +190,8 @@ class SharedDataset:
             num_rows=self._reader.plan.source.num_rows,
             samples_ready=raw["num_ready"],
             samples_kept=raw["num_resident"],
+            samples_passing=raw["num_transit"],
+            most_passing=raw["most_transit"] or None,
             samples_bad=raw["num_errors"] + raw["num_aside"],
             commits=raw["num_commits"],
             decoding_s=raw["decoding_ns"] / 1e9,

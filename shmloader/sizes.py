@@ -102,9 +102,8 @@ def divide(
     resident = ring_bytes - transit
     if most_resident and most_record_bytes is not None:
         resident = min(resident, _pages(most_resident * most_record_bytes))
-    return Sizes(
-        resident, transit, raw, budget, most_resident, most_on_their_way(in_flight, ahead) if most_resident else 0
-    )
+    most_transit = most_on_their_way(in_flight, ahead) if most_resident else 0
+    return Sizes(resident, transit, raw, budget, most_resident, most_transit)
 
 
 def most_on_their_way(in_flight: int | None, ahead: int | None) -> int:

@@ -27,6 +27,7 @@ from shmloader.sources.base import SourceRequest
 from shmloader.stats import Stats
 from shmloader.tokens import batch_ring, join, known_files
 from shmloader.views import Sample
+from shmloader.worker_errors import carried
 
 log = logging.getLogger("shmloader")
 
@@ -265,6 +266,13 @@ class SharedDataset:
         self._closer.atexit = False
 
     def _transformed(self, sample: Sample, row: int, epoch: int) -> Sample:
+        with carried():
+            result = self._result(sample, row, epoch)
+        made = Sample(result)
+        made._attachment = sample._attachment  # for the padding that the schema says
+        return made
+
+    def _result(self, sample: Sample, row: int, epoch: int) -> Mapping[str, Any]:
         assert self.transform is not None
         with seeded(self.seed, epoch, row):
             try:
@@ -279,9 +287,7 @@ class SharedDataset:
                 value=type(result).__name__,
                 allowed="a function from dict to dict",
             )
-        made = Sample(result)
-        made._attachment = sample._attachment  # for the padding that the schema says
-        return made
+        return result
 
 
 def _check_columns(columns: Any) -> None:

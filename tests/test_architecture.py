@@ -27,7 +27,7 @@ RANKS = [
     {"views"},
     {"packed"},
     {"tokens"},
-    {"opening", "selection", "collate", "stats", "sampler", "seeding"},
+    {"opening", "selection", "collate", "stats", "sampler", "seeding", "worker_errors"},
     {"base_dataset"},
     {"dataset", "iterable"},
     {"cli", "__main__"},
@@ -87,7 +87,21 @@ def test_readers_do_not_write(path):
     ("library", "homes"),
     [
         ("datasets", {"sources", "cli"}),
-        ("torch", {"views", "packed", "tokens", "opening", "collate", "sampler", "seeding", *DATASETS, "cli"}),
+        (
+            "torch",
+            {
+                "views",
+                "packed",
+                "tokens",
+                "opening",
+                "collate",
+                "sampler",
+                "seeding",
+                "worker_errors",
+                *DATASETS,
+                "cli",
+            },
+        ),
     ],
 )
 def test_heavy_libraries_are_imported_only_where_they_belong(library, homes):

@@ -31,6 +31,7 @@ from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.stats import Stats
 from shmloader.tokens import batch_ring, join, known_files
 from shmloader.views import Sample
+from shmloader.worker_errors import carried
 
 log = logging.getLogger("shmloader")
 
@@ -222,6 +223,8 @@ class SharedDataset:
             num_rows=self._reader.plan.source.num_rows,
             samples_ready=raw["num_ready"],
             samples_kept=raw["num_resident"],
+            samples_passing=raw["num_transit"],
+            most_passing=raw["most_transit"] or None,
             samples_bad=raw["num_errors"] + raw["num_aside"],
             commits=raw["num_commits"],
             decoding_s=raw["decoding_ns"] / 1e9,
@@ -302,6 +305,13 @@ class SharedDataset:
         return made_up(sample, self._reader.plan, asked)
 
     def _transformed(self, sample: Sample, row: int, epoch: int) -> Sample:
+        with carried():
+            result = self._result(sample, row, epoch)
+        made = Sample(result)
+        made._attachment = sample._attachment  # for the padding that the schema says
+        return made
+
+    def _result(self, sample: Sample, row: int, epoch: int) -> Mapping[str, Any]:
         assert self.transform is not None
         with seeded(self.seed, epoch, row):
             try:
@@ -316,9 +326,7 @@ class SharedDataset:
                 value=type(result).__name__,
                 allowed="a function from dict to dict",
             )
-        made = Sample(result)
-        made._attachment = sample._attachment  # for the padding that the schema says
-        return made
+        return result
 
 
 def _chosen(source: SourcePlan) -> dict[str, Any]:

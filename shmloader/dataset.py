@@ -44,8 +44,10 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         use_streaming: a Hub's data is read from where it lies, and never all of it at once. False: it is downloaded
             first, into the caches of ``huggingface_hub`` and ``datasets``, and found there the next time.
         cache_size: at most so many samples stay in the ring (``stats().samples_kept``); the others are decoded when
-            they are needed, as where the data does not fit it. Beside them there is room for those that are on their
-            way: twice ``Options.in_flight + ahead``, or less in a small ring. None: as many stay as find room.
+            they are needed, as where the data does not fit it. Beside them there are those that are on their way, or
+            lie where they passed until another needs the place (``stats().samples_passing``): at most twice
+            ``Options.in_flight + ahead`` (``stats().most_passing``), less in a small ring. None: as many stay as find
+            room.
         keys: the names of fields in samples, batches and what ``transform`` gets. "shmloader": as below. "hf": those of
             transformers' models (``input_ids``, ``attention_mask``, ``pixel_values``, ``input_values``, ``labels``)
             and nothing else. A dict: {name: new name, or None to drop it}, masks included; the others keep theirs.

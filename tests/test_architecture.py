@@ -14,7 +14,20 @@ PACKAGE = ROOT / "shmloader"
 # From the bottom to the top; a module imports only from lower ranks or its own.
 RANKS = [
     {"errors"},
-    {"catalog", "options", "config", "checksum", "sample", "union", "keys", "permutation", "mixture", "order", "sizes"},
+    {
+        "catalog",
+        "options",
+        "config",
+        "checksum",
+        "sample",
+        "union",
+        "keys",
+        "permutation",
+        "mixture",
+        "weighting",
+        "order",
+        "sizes",
+    },
     {"sources", "processors", "_native"},
     {"files", "spill_file", "log_pipe", "deaths"},
     {"guest"},

@@ -35,7 +35,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from shmloader.sources.base import OpenReader, Reader, SourcePlan, SourceRequest, resolved
+from shmloader.sources.base import OpenReader, Reader, SourcePlan, SourceRequest
 
 __all__ = ["make_plan", "open_reader"]
 
@@ -54,7 +54,7 @@ def make_plan(*requests: SourceRequest) -> SourcePlan:
     """
     plans = [_plan_one(request) for request in requests]
     if len(plans) == 1:
-        (plan,) = plans
+        plan = plans[0].named(plans[0].name)
     else:
         from shmloader.sources.several import mixed
 
@@ -90,7 +90,7 @@ def open_reader(
 
         return PartsReader(requests, plan, open_reader, touch)
     (request,) = requests
-    request = resolved(request, plan)
+    request = plan.resolve(request)
     if plan.listing is not None:
         from shmloader.sources.listing import ListingReader
 

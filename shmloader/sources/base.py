@@ -146,6 +146,19 @@ class SourcePlan:
         """Nobody knows how many rows there are."""
         return self.num_rows is None
 
+    def named(self, name: str) -> SourcePlan:
+        """The same under another name, which its splits have as well."""
+        if self.name == name and all(part.name == name for part in self.parts):
+            return self
+        return replace(self, name=name, parts=tuple(part.named(name) for part in self.parts))
+
+    def resolve(self, request: SourceRequest) -> SourceRequest:
+        """``request`` as what reads the plan's chunks goes by it: with what was found out, and its own token."""
+        found = dict(self.resolved)
+        if "load" in found:
+            found["load"] = {**request.load, **found["load"]}
+        return replace(request, **found)
+
     @property
     def is_sequential(self) -> bool:
         """Chunks can only be read one after the other."""
@@ -249,15 +262,6 @@ class SourcePlan:
         chunks, chunk_bytes = zip(*kept, strict=True)
         units = self.units[: len(kept)]
         return replace(self, num_rows=num_rows, chunks=chunks, chunk_bytes=chunk_bytes, units=units)
-
-
-def resolved(request: SourceRequest, plan: SourcePlan) -> SourceRequest:
-    """``request`` as the plan found out what is meant by it; the token, which no plan has, stays."""
-    found = dict(plan.resolved)
-    token = {name: request.load[name] for name in ("token",) if name in request.load}
-    if "load" in found:
-        found["load"] = token | found["load"]
-    return replace(request, **found)
 
 
 class Reader(Protocol):

@@ -20,7 +20,7 @@ from itertools import count
 import pyarrow as pa
 
 from shmloader.errors import SourceError
-from shmloader.sources.base import Chunk, OpenReader, Reader, SourcePlan, SourceRequest, resolved
+from shmloader.sources.base import Chunk, OpenReader, Reader, SourcePlan, SourceRequest
 
 #: As `shmloader.sources.open_reader`, which this module cannot import.
 OpenOne = Callable[[SourceRequest | Sequence[SourceRequest], SourcePlan, Callable[[], None]], Reader | OpenReader]
@@ -109,7 +109,7 @@ class PartsReader:
         touch: Callable[[], None] = lambda: None,
     ) -> None:
         assert len(requests) == len(plan.sources)
-        whole = resolved(requests[0], plan)
+        whole = plan.resolve(requests[0])
         self._requests = tuple(requests) if plan.is_mixed else (whole,) * len(plan.parts)
         self._plan, self._open_one, self._touch = plan, open_one, touch
         self._readers: dict[int, Reader] = {}
@@ -161,14 +161,8 @@ def _told_apart(plans: Sequence[SourcePlan]) -> list[SourcePlan]:
         if name in taken:
             name = next(new for n in count(2) if (new := f"{plan.name} ({n})") not in taken and new not in names)
         taken.add(name)
-        found.append(_named(plan, name))
+        found.append(plan.named(name))
     return found
-
-
-def _named(plan: SourcePlan, name: str) -> SourcePlan:
-    if plan.name == name:
-        return plan
-    return replace(plan, name=name, parts=tuple(_named(part, name) for part in plan.parts))
 
 
 def _each_once(texts: Iterator[tuple[str, ...]]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from shmloader.selection import select
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.resolve import source_name
 from shmloader.views import Sample
-from shmloader.weighting import Weighting, checked_weights, weights_by_source
+from shmloader.weighting import WINDOW, Weighting, checked_weights, weights_by_source
 
 log = logging.getLogger("shmloader")
 
@@ -60,10 +60,10 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         load: passed on to ``datasets`` (name, revision, token, data_files, …).
         weights: of several datasets, how many samples each has in proportion to the others: a dict by their names, or
             a list in their order; None: each sample comes once an epoch. With weights an epoch is as long, and an index
-            stands for a place in a random mixture, another one in each epoch: that which `set_epoch` or the sampler of
-            `sampler` names (with another sampler call `set_epoch`, or all epochs are the first). An epoch goes on where
-            the one before ended: each dataset comes all, in random order, before any of its samples comes again.
-            Where not all samples fit the ring they are decoded when they are asked for, not ahead.
+            stands for a place in a random mixture, so that shuffling adds nothing. Each epoch has its own, and goes on
+            where the one before ended: of each dataset all samples come, in random order, before one comes again.
+            `sampler` names the epochs; without it call `set_epoch`, or all are the first. Where not all samples fit the
+            ring they are decoded when they are asked for, not ahead.
         options: settings; None: those of the environment (``SHMLOADER_*``).
         writable: ``dataset[i]`` gives private copies in place of read-only views.
         seed: of the random numbers of ``transform``; another one gives other augmentations. Also of what ``weights``
@@ -255,9 +255,11 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
                 allowed="a whole number",
             )
         ring = self._reader.attach()
-        is_windowed = ring.has_transit and self._weighting is None  # what is near by weight lies anywhere
-        kind = Kind.SEQUENTIAL if not shuffle else Kind.WINDOWED if is_windowed else Kind.UNIFORM
-        plan, chunks = self._reader.plan, self._reader.plan.chunks()
+        kind = Kind.SEQUENTIAL if not shuffle else Kind.WINDOWED if ring.has_transit else Kind.UNIFORM
+        chunks, window = self._reader.plan.chunks(), self._reader.plan.window_bytes
+        if self._weighting is not None:
+            kind = Kind.WINDOWED if shuffle else Kind.SEQUENTIAL
+            chunks, window = self._weighting.chunks(), WINDOW
 
         def make(epoch: int) -> Order:
             return Order(
@@ -268,7 +270,7 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
                 rank=rank or 0,
                 world_size=1 if world_size is None else world_size,
                 drop_last=drop_last,
-                window_bytes=plan.window_bytes,
+                window_bytes=window,
             )
 
         make(0)  # what is wrong shows now

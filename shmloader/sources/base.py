@@ -146,6 +146,16 @@ class SourcePlan:
         """Nobody knows how many rows there are."""
         return self.num_rows is None
 
+    @property
+    def source_rows(self) -> tuple[int | None, ...]:
+        """How many rows of each of `sources` there are in the plan."""
+        if not self.is_mixed:
+            return (self.num_rows,)
+        rows = [0] * len(self.parts)
+        for chunk in self.chunks:
+            rows[chunk.piece[0]] += chunk.num_rows
+        return tuple(rows)
+
     def named(self, name: str) -> SourcePlan:
         """The same under another name, which its splits have as well."""
         if self.name == name and all(part.name == name for part in self.parts):

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader
 
 from shmloader import Options, ShmMultimodalIterableDataset
 from shmloader.errors import DecodeError, SourceError
+from shmloader.sources import make_plan
+from shmloader.sources.base import SourceRequest
 
 NUM = {"classes": 20, "stories": 50, "clips": 30}
 TOTAL = sum(NUM.values())
@@ -119,5 +121,6 @@ def test_an_iterable_of_several_has_the_rows_of_each_one_after_the_other(paths):
 
 def test_a_stream_without_a_length_beside_others_is_an_error_that_says_what_to_do(paths):
     stream = Dataset.from_dict({"text": ["a"]}).to_iterable_dataset().filter(lambda row: True)
+    requests = [SourceRequest(name, "train", is_iterable=True) for name in (paths["stories"], stream)]
     with pytest.raises(SourceError, match="iterate over it alone"):
-        ShmMultimodalIterableDataset(dataset_name=[paths["stories"], stream])
+        make_plan(*requests)

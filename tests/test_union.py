@@ -40,7 +40,7 @@ def test_a_field_that_a_source_lacks_is_optional_and_each_source_has_its_own_typ
         "text": True, "image": True, "audio": True, "labels": False,
     }  # fmt: skip
     assert [[field.name for field in found.fields_of(i)] for i in range(3)] == [
-        ["image", "labels"], ["text", "labels"], ["text", "audio", "labels"],
+        ["image", "labels"], ["text", "labels"], ["text", "labels", "audio"],
     ]  # fmt: skip
     assert Schema.from_json(found.to_json()) == found
 
@@ -88,6 +88,6 @@ def test_what_cannot_lie_in_one_batch_is_an_error_that_names_both(other, told):
 
 
 def test_without_masks_a_field_that_a_source_lacks_is_an_error_at_once():
-    with pytest.raises(OptionError, match=r"those of 'text' have none"):
+    with pytest.raises(OptionError, match=r"have 'input_ids': those of 'vision' have none"):
         Keys.parse("hf").face(union([VISION, TEXT]))
     assert Keys.parse("hf").face(union([TEXT, TEXT])).is_strict

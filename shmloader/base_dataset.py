@@ -170,20 +170,21 @@ class SharedDataset:
         known. ``revision``: the commit. ``columns``: see `columns`. ``why``: why it is not what was asked for; None: it
         is. ``notices``, ``warnings``: what there was to say of it.
         """
+        plan = self._reader.plan.source
         return [
             {
                 "name": source.name,
                 "dataset": str(source.resolved.get("dataset", source.name)),
                 "split": source.split,
                 "mode": source.mode,
-                "rows": source.num_rows,
+                "rows": num_rows,
                 "revision": source.revision,
                 "columns": _chosen(source),
                 "why": source.why,
                 "notices": list(source.notices),
                 "warnings": list(source.warnings),
             }
-            for source in self._reader.plan.source.sources
+            for source, num_rows in zip(plan.sources, plan.source_rows, strict=True)
         ]
 
     @property

@@ -27,6 +27,7 @@ RANKS = [
         "keys",
         "permutation",
         "mixture",
+        "weighting",
         "order",
         "sizes",
     },

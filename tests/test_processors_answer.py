@@ -18,7 +18,7 @@ from shmloader.processors import build
 from shmloader.processors.answer import AnswerProcessor
 from shmloader.sources.base import Columns
 
-PAIRS = [("add one to it", "x + 1"), ("say it in Greek: é", "ναι, 1"), ("", "all of it")]
+PAIRS = [("add one to it", "x + 1"), ("say it in Greek: é", "Ω, 1"), ("", "all of it")]
 
 
 def batch_of(**columns: list[Any]) -> pa.RecordBatch:

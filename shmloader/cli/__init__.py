@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 
 from shmloader import __version__
-from shmloader.cli import demo
+from shmloader.cli import datasets, demo
 
-_COMMANDS = {"demo": demo}
+_COMMANDS = {"datasets": datasets, "demo": demo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

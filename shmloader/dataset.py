@@ -32,8 +32,8 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         tokenizer: anything with ``encode(str)``; ``tokenizers`` and transformers tokenizers are called by the batch;
             None: the text's UTF-8 bytes.
         split: name of the split.
-        dataset_name: a short name (``shmloader datasets`` lists them, docs/datasets.md says what their samples are), a Hub
-            id, a local folder or file, an already loaded ``datasets`` object, or a list of these; "all": the nine
+        dataset_name: a short name (``shmloader datasets`` lists them, docs/datasets.md says what their samples are), a
+            Hub id, a local folder or file, an already loaded ``datasets`` object, or a list of these; "all": the nine
             built-in short names; "auto": the one that ``task_type`` says.
         task_type: "code" or "code-generation", "vision", "audio", "text", "financial" or "stock": which dataset
             "auto" is; None: instructions to text (open_platypus). Beside a named dataset it chooses nothing.

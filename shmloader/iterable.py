@@ -38,8 +38,8 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
 
     Args:
         config, tokenizer, split, dataset_name, task_type, transform, process, columns, keys, load, train_on_prompt,
-            options, writable, seed: as of `ShmMultimodalDataset`. A ``transform`` is seeded by (seed, epoch, position); the epoch is what
-            `set_epoch` said before the iteration began, else 0.
+            options, writable, seed: as of `ShmMultimodalDataset`. A ``transform`` is seeded by (seed, epoch, position);
+            the epoch is what `set_epoch` said before the iteration began, else 0.
         cache_size: as of `ShmMultimodalDataset` where the number of rows is known. Of a stream nothing stays: then at
             most so many samples are decoded ahead of its readers, but never less than 16; those that readers work on
             come on top.

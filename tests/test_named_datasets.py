@@ -35,13 +35,7 @@ def found(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str,
     streamed, downloaded = (tmp_path_factory.mktemp(way) for way in WAYS[:2])
     all_of = {
         "streamed": ask_named(hub, [(name, {}) for name in NAMES], streamed),
-        "downloaded": ask_named(
-            hub,
-            # The other split too: what is to be read of a snapshot whose card names files must have all of them.
-            [(name, {"is_downloaded": True}) for name in NAMES]
-            + [("clotho_aqa", {"is_downloaded": True, "split": "test"})],
-            downloaded,
-        )[: len(NAMES)],
+        "downloaded": ask_named(hub, [(name, {"is_downloaded": True}) for name in NAMES], downloaded),
     }
     hub.reset()
     all_of["offline"] = ask_named(hub, [(name, {}) for name in NAMES], downloaded, HF_HUB_OFFLINE="1")

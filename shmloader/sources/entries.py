@@ -72,7 +72,8 @@ def _plan_repo(request: SourceRequest, entry: DatasetConfig, repo: Repo) -> Sour
         asked = replace(asked, split=split)
     found = {"dataset": repo.id, "entry": None, "split": asked.split, "columns": columns}
     told = {key: value for key, value in repo.load.items() if key not in request.load}
-    plan = replace(plan, notices=(*notices, *plan.notices), resolved={**found, "load": told, **plan.resolved})
+    told |= plan.resolved.get("load", {})
+    plan = replace(plan, notices=(*notices, *plan.notices), resolved={**found, **plan.resolved, "load": told})
     if plan.columns.labels is not None and plan.columns.class_names is None and entry.class_names:
         plan = replace(plan, columns=replace(plan.columns, class_names=entry.class_names))
     return plan

@@ -45,6 +45,7 @@ def plan_source(request: SourceRequest) -> SourcePlan:
         plan,
         revision=plan.revision or origin.revision,
         root=origin.root,
+        resolved={"load": origin.load} if origin.load else {},
         notices=origin.notices + plan.notices,
         warnings=origin.warnings + plan.warnings,
     )

@@ -53,6 +53,7 @@ def _plan_split(request: SourceRequest) -> SourcePlan:
         plan,
         revision=plan.revision or origin.revision,
         root=origin.root,
+        resolved={"load": origin.load} if origin.load else {},
         notices=origin.notices + plan.notices,
         warnings=origin.warnings + plan.warnings,
     )

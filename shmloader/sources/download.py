@@ -106,7 +106,7 @@ def _fetch(request: SourceRequest, paths: Sequence[str]) -> None:
     from huggingface_hub import constants, hf_hub_download
 
     token, name = request.load.get("token"), source_name(request)
-    hub, places = HubFiles(token), {path: parts_of(path) for path in paths}
+    hub, places = HubFiles(request), {path: parts_of(path) for path in paths}
     sizes = {path: hub.size(path) for path in paths}
     num_bytes, cache = sum(sizes.values()), Path(constants.HF_HUB_CACHE)
     repos = {place[0] for place in places.values() if place is not None}

@@ -44,7 +44,7 @@ os._exit(0)  # as a prefetcher ends: pyarrow's threads can abort an interpreter'
 """
 
 #: Not to wait for a Hub that is not there.
-IMPATIENT = "asked.setdefault(\"source_timeout_s\", 0.5)"
+IMPATIENT = 'asked.setdefault("source_timeout_s", 0.5)'
 
 
 @dataclass

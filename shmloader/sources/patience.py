@@ -92,10 +92,15 @@ class Patience:
         if found is not None and found.is_silent and (ago := self.clock() - found.since) < REST_S:
             raise ServerGivenUp(f"{host} was given up {ago:.1f} s ago ({found.why})", host)
 
-    def attempts(self, host: str, what: str, is_brief: bool = False) -> Attempts:
-        """The tries of one request. what: it, in words. is_brief: it can be done without. Raises as `check`."""
+    @property
+    def silence_s(self) -> float:
+        """How long the first try of a request may wait for anything to come."""
+        return min(STALL_S, self.timeout_s / 3)
+
+    def attempts(self, host: str, what: str) -> Attempts:
+        """The tries of one request. what: the request, in words. Raises as `check`."""
         self.check(host)
-        share = BRIEF_SHARE if is_brief or host in self._hosts else 1.0
+        share = BRIEF_SHARE if host in self._hosts else 1.0
         return Attempts(self, host, what, self.timeout_s * share)
 
     def answered(self, host: str) -> None:

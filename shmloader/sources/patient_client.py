@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import get_session, set_client_factory
+from huggingface_hub import constants, get_session, set_client_factory
 
 if TYPE_CHECKING:
     import httpx2 as httpx
@@ -33,8 +33,6 @@ _EXPIRED = (400, 401, 403, 410)
 _MOST_RENEWALS = 3
 #: Addresses that we were led to are remembered, the newest of them.
 _MOST_ORIGINS = 4096
-#: What ``datasets`` asks to know more of a dataset, and does without: its viewer's server. Most mirrors have none.
-_OPTIONAL = "datasets-server."
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 #: Not worth another try: the request itself is wrong.
 _OURS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
@@ -53,6 +51,7 @@ class PatientClient(httpx.Client):
         hooks = hooks | {"request": [*hooks.get("request", ()), self._check]}
         super().__init__(event_hooks=hooks, follow_redirects=True, timeout=None)
         self._patience = patience
+        self._hub = _host(httpx.URL(constants.ENDPOINT))
         self._origins: OrderedDict[str, httpx.Request] = OrderedDict()
         self._origins_lock = threading.Lock()
 
@@ -62,7 +61,11 @@ class PatientClient(httpx.Client):
             # What is compressed on the way cannot be gone on with in the middle, and its size is not the file's.
             request.headers["Accept-Encoding"] = "identity"
         host, what = _host(request.url), f"{request.method} {_shown(request.url)}"
-        attempts = self._patience.attempts(host, what, host.startswith(_OPTIONAL))
+        if host != self._hub and str(request.url) not in self._origins:
+            # What `datasets` asks of others (its viewer, a counter of downloads) it does without.
+            request.extensions = request.extensions | {"timeout": _timeouts(request, self._patience.silence_s)}
+            return super().send(request, stream=stream, **options)
+        attempts = self._patience.attempts(host, what)
         while True:
             response = self.answer(request, attempts, options)
             response.stream = _Body(self, response, request, attempts, options)
@@ -111,10 +114,7 @@ class PatientClient(httpx.Client):
         self._patience.check(_host(request.url))
 
     def _failed(self, attempts: Attempts, request: httpx.Request, error: httpx.TransportError) -> None:
-        failing = _host(_request_of(error, request).url)
-        if failing.startswith(_OPTIONAL):
-            raise error
-        attempts.failed(error, failing)
+        attempts.failed(error, _host(_request_of(error, request).url))
 
     def _is_expired(self, response: httpx.Response) -> bool:
         url = response.request.url

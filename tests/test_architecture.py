@@ -16,7 +16,7 @@ RANKS = [
     {"errors"},
     {"catalog", "options", "config", "checksum", "sample", "keys", "permutation", "mixture", "order", "sizes"},
     {"sources", "processors", "_native"},
-    {"files", "spill_file", "log_pipe", "deaths"},
+    {"files", "spill_file", "log_pipe", "deaths", "outages"},
     {"guest"},
     {"ring"},
     {"writer"},

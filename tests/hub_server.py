@@ -63,6 +63,7 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     fault: Fault | None = None
     num_written = 0
+    is_counted = False
 
     def setup(self) -> None:
         super().setup()
@@ -89,7 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
         form = parse_qs(self.rfile.read(length).decode()) if length else {}
         path = unquote(urlsplit(self.path).path)
         parts = [unquote(part) for part in urlsplit(self.path).path.split("/") if part]
-        self.fault, self.num_written = self.hub.faults.of(self.command, path), 0
+        self.fault = self.hub.faults.of(self.command, path)
+        self.num_written, self.is_counted = 0, False
         try:
             if self.fault is not None and self.fault.status is not None:
                 self._send(self.fault.status, b'{"error": "injected"}', self.fault.headers)
@@ -99,9 +101,16 @@ class _Handler(BaseHTTPRequestHandler):
                 self._route(path, parts, form)
         except (BrokenPipeError, ConnectionResetError, _Broken):
             self.close_connection = True
-        is_file = parts[:1] == ["cdn"] or (parts[:1] == ["datasets"] and len(parts) > 5)
-        with self.hub.lock:
-            self.hub.requests.append((self.command, path, self.num_written if is_file else 0))
+        self._count()
+
+    def _count(self) -> None:
+        """Note the request, once. Before the end of its body is sent: who has that may ask what was counted."""
+        if not self.is_counted:
+            self.is_counted = True
+            path = unquote(urlsplit(self.path).path)
+            is_file = "/resolve/" in path or path.startswith("/cdn/")
+            with self.hub.lock:
+                self.hub.requests.append((self.command, path, self.num_written if is_file else 0))
 
     def _route(self, path: str, parts: list[str], form: dict[str, list[str]]) -> None:
         told = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -131,15 +140,16 @@ class _Handler(BaseHTTPRequestHandler):
         return parts[:1] == ["api"]
 
     def _write(self, data: bytes) -> None:
-        """Send a part of the body, or what the fault lets through."""
+        """Send the body, or what the fault lets through."""
         fault = self.fault
-        if fault is not None and fault.after is not None and self.num_written + len(data) > fault.after:
-            data = data[: fault.after - self.num_written]
-            self.wfile.write(data)
-            self.num_written += len(data)
-            self._break()
+        is_broken = fault is not None and fault.after is not None and fault.after < len(data)
+        if fault is not None and fault.after is not None:
+            data = data[: fault.after]
+        self.num_written = len(data)
+        self._count()
         self.wfile.write(data)
-        self.num_written += len(data)
+        if is_broken:
+            self._break()
 
     def _break(self) -> None:
         """What happens instead of the rest of the answer."""

@@ -57,13 +57,13 @@ def unreachable(name: str, verb: str, detail: str, error: BaseException) -> Sour
     local = "" if Path(name).exists() else f" There is no local folder or file {str(Path(name).absolute())!r} either."
     given_up = next((e for e in chain(error) if isinstance(e, ServerGivenUp)), None)
     status = None if given_up is None else given_up.status
-    state = "cannot be reached" if status is None else f"does not do its work (HTTP {status})"
     return SourceError(
-        f"Cannot {verb} {name!r}: the Hub at {constants.ENDPOINT} {state}, so it is not known whether "
-        f"the dataset exists.{offline}{local} {_what_to_do(status)} ({detail})",
+        f"Cannot {verb} {name!r}: the Hub at {constants.ENDPOINT} {state_of(status)}, so it is not known whether "
+        f"the dataset exists.{offline}{local} {what_to_do(status)} ({detail})",
         dataset=name,
         endpoint=constants.ENDPOINT,
         status=status,
+        detail=detail,
     )
 
 
@@ -108,7 +108,13 @@ def remedy(error: BaseException, otherwise: str) -> str:
     return otherwise
 
 
-def _what_to_do(status: int | None) -> str:
+def state_of(status: int | None) -> str:
+    """What a Hub does that was given up. status: its last answer; None: there was none."""
+    return "cannot be reached" if status is None else f"does not do its work (HTTP {status})"
+
+
+def what_to_do(status: int | None) -> str:
+    """About a Hub that was given up."""
     if status == 429:
         return (
             "It limits how often you may ask: log in (`hf auth login`, HF_TOKEN), which allows more, set "

@@ -16,13 +16,18 @@ BUSY = {"Retry-After": "0"}
 PARQUET = r"\.parquet$"
 
 
-def each_request(world: World) -> list[Any]:
-    """Each request in its turn fails in all ways, one after the other; streaming and downloaded."""
+def _hurry() -> None:
+    """Wait for little between two tries, and for what stalls; though for long if need be."""
     from shmloader.sources import patience
 
     patience.FIRST_WAIT_S, patience.STALL_S = 0.01, 0.1
+
+
+def each_request(world: World) -> list[Any]:
+    """Each request in its turn fails in all ways, one after the other; streaming and downloaded."""
+    _hurry()
     told = []
-    for asked in ({}, {"is_downloaded": True}):
+    for asked in ({"source_timeout_s": 60.0}, {"source_timeout_s": 60.0, "is_downloaded": True}):
         first = world.outcome(**asked)
         for i in range(len(world.hub.requests)):
             world.forget()
@@ -63,11 +68,12 @@ def test_hub_that_is_dead_from_any_request_on_is_said_to_be_so_in_time(tmp_path)
 
 
 def broken_bodies(world: World) -> dict[str, Any]:
+    _hurry()
     plan, told = world.plan(), {}
     for end in ("cut", "reset", "stall"):
         world.forget()
         world.hub.faults.add(*(Fault(end=end, after=n, path=PARQUET) for n in (5000, 1, 0, 3000)))
-        found = world.outcome(plan)
+        found = world.outcome(plan, source_timeout_s=60.0)
         told[end] = (found.texts == list(world.texts), world.hub.num_bytes_of(".parquet"), found.error)
     return told | {"size": plan.shard_bytes[0]}
 
@@ -81,9 +87,10 @@ def test_body_that_breaks_off_is_gone_on_with_and_no_byte_comes_twice(tmp_path):
 
 
 def expired_addresses(world: World) -> list[Any]:
+    _hurry()
     world.hub.is_signed = True
     told = []
-    for asked in ({}, {"is_downloaded": True}):
+    for asked in ({"source_timeout_s": 60.0}, {"source_timeout_s": 60.0, "is_downloaded": True}):
         for faults in (
             (),
             (Fault(403, path="^/cdn/.*parquet"), Fault(400, path="^/cdn/.*parquet")),
@@ -193,10 +200,10 @@ def streams(world: World) -> list[Any]:
     from support_hub import json_rows, write_json
     from support_parquet import jpeg
 
-    from shmloader.sources import make_plan, open_reader, patience
+    from shmloader.sources import make_plan, open_reader
     from shmloader.sources.base import SourceRequest
 
-    patience.FIRST_WAIT_S = 0.01
+    _hurry()
     write_json(world.hub.root / "org" / "lines" / "train.jsonl", 0, 300)
     (world.hub.root / "org" / "lines" / "README.md").write_text(
         "---\ndataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: label\n    dtype: int64\n"
@@ -214,7 +221,7 @@ def streams(world: World) -> list[Any]:
     for name in ("org/lines", "org/loose"):
         world.forget()
         world.hub.faults.at_random(7, 0.4, *kinds)
-        request = SourceRequest(name, "train", source_timeout_s=20.0)
+        request = SourceRequest(name, "train", source_timeout_s=60.0)
         plan = make_plan(request)
         reader = open_reader(request, plan)
         rows = [row for chunk in plan.chunks for _, part in reader.read(chunk) for row in part.to_pylist()]

@@ -40,7 +40,8 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             "train[10:20]+validation", "all".
         dataset_name: a short name (``shmloader datasets`` lists them, docs/datasets.md says what their samples are), a
             Hub id, a local folder or file, an already loaded ``datasets`` object, or a list of these (all samples of
-            the first, then all of the second, …); "all": the nine built-in short names; "auto": the one that ``task_type`` says.
+            the first, then all of the second, …); "all": the nine built-in short names; "auto": the one that
+            ``task_type`` says.
         task_type: "code" or "code-generation", "vision", "audio", "text", "financial" or "stock": which dataset
             "auto" is; None: instructions to text (open_platypus). Beside a named dataset it chooses nothing.
         transform: called in the reading process on every read with a dict of private copies; returns a dict. Its

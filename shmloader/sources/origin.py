@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from shmloader.errors import ShmloaderError, SourceError, SplitNotFoundError
+from shmloader.sources.answers import state_of, what_to_do
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.conversion import cached_script, converted_script
 from shmloader.sources.hub_cache import (
@@ -88,7 +89,7 @@ def find_origin(request: SourceRequest) -> Origin:
             return Origin(builder, notices=(notice,))
         if is_answered(error):
             raise
-        return _cached(request, repo, "the Hub cannot be reached", error)
+        return _cached(request, repo, f"the Hub {state_of(error.data.get('status'))}", error)
     if _is_prepared_only(builder):  # `datasets` takes these whenever the Hub does not give it the dataset
         return _cached(request, repo, "the Hub did not give it (not reached, or not there, or no access)")
     return Origin(builder, revision=commit_of(builder))
@@ -122,7 +123,7 @@ def _cached(request: SourceRequest, repo: str, why: str, error: SourceError | No
     if builder is not None and revision in (None, "main"):
         origin = Origin(builder, revision=prepared)
         return _told(request, why, origin, f"the newest that datasets prepared, {builder.cache_dir}")
-    raise _nowhere(request, repo, why) from error
+    raise _nowhere(request, repo, why, error) from error
 
 
 def _told(request: SourceRequest, why: str, origin: Origin, place: str) -> Origin:
@@ -239,18 +240,21 @@ def _incomplete(
     )
 
 
-def _nowhere(request: SourceRequest, repo: str, why: str) -> SourceError:
+def _nowhere(request: SourceRequest, repo: str, why: str, error: SourceError | None) -> SourceError:
     import datasets
     from huggingface_hub import constants
 
     name, revision = source_name(request), request.load.get("revision") or "main"
+    data = {} if error is None or is_offline() else {k: error.data.get(k) for k in ("status", "detail")}
+    told = f" {what_to_do(data['status'])} ({data['detail']})" if data.get("detail") else ""
     return SourceError(
         f"Cannot find {name!r}: {why}; the Hub at {constants.ENDPOINT} cannot be reached, so it is not known whether "
         f"the dataset exists. Looked for a local folder or file {str(Path(name).absolute())!r}, for files of revision "
         f"{revision!r} in the Hub's cache ({constants.HF_HUB_CACHE}), and for what datasets prepared "
         f"({datasets.config.HF_DATASETS_CACHE}). Fill the cache while the Hub can be reached: hf download {repo} "
         "--repo-type dataset, or open the dataset once with use_streaming=False; or check "
-        f"{'HF_HUB_OFFLINE' if is_offline() else 'the network, HF_ENDPOINT'} and HF_HOME.",
+        f"{'HF_HUB_OFFLINE' if is_offline() else 'the network, HF_ENDPOINT'} and HF_HOME.{told}",
         dataset=name,
         endpoint=constants.ENDPOINT,
+        **data,
     )

@@ -47,6 +47,7 @@ def select(dataset_name: Any, task_type: str | None, request: SourceRequest) -> 
         for _, entry in found:
             _check_fits(entry, task_type)
     names = [_shown(dataset) for dataset, _ in found]
+    _check_process(found, request)
     _check_different([dataset for dataset, _ in found])
     loads = _shares("load", request.load, names, set())
     columns = _shares("columns", request.columns, names, set(ROLES))
@@ -96,7 +97,10 @@ def _is_there(name: str) -> bool:
 
 
 def _unknown(name: str) -> DatasetNotFoundError:
-    local = [path.name for path in Path.cwd().iterdir()] if os.access(os.curdir, os.R_OK) else []
+    try:
+        local = [path.name for path in Path().iterdir()]
+    except OSError:  # it is gone, or not ours to look into
+        local = []
     near = registry.near(name, local)
     shown = name if len(name) <= 100 else f"{name[:60]}…{name[-20:]}"
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -129,6 +133,19 @@ def _check_fits(entry: DatasetConfig | None, task_type: str | None) -> None:
         )
 
 
+def _check_process(found: Sequence[tuple[Any, DatasetConfig | None]], request: SourceRequest) -> None:
+    """Raise if one of several has a ``process`` of its own: what it returns is known too late to lie beside others."""
+    own = [entry.name for _, entry in found if entry is not None and entry.process is not None]
+    if own and len(found) > 1 and not request.all_columns and request.columns is None:
+        raise OptionError(
+            f"{own[0]!r} was registered with a process= of its own, so it cannot be one of several datasets: they need "
+            "one for all. Give process= to the constructor.",
+            name="dataset_name",
+            value=own[0],
+            allowed="one dataset, or process= for all",
+        )
+
+
 def _check_different(datasets: Sequence[Any]) -> None:
     """Raise if one of ``datasets`` comes twice: the same name, or the very same object."""
     keys = [_shown(one) if isinstance(one, str | os.PathLike) else id(one) for one in datasets]
@@ -152,7 +169,7 @@ def _shares(argument: str, value: Any, names: Sequence[str], common: set[str]) -
     if strange or wrong:
         raise _bad(
             argument,
-            value,
+            value if argument == "columns" else dict.fromkeys(value, ...),  # load= may hold a token
             f"of all datasets alike, or a dict for each that is named: {{{names[0]!r}: {{…}}}}; the datasets are "
             f"{', '.join(map(repr, names))}",
         )

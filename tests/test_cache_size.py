@@ -43,7 +43,7 @@ def num_kept(dataset: Any) -> int:
 @pytest.mark.parametrize("kind", [ShmMultimodalDataset, ShmMultimodalIterableDataset])
 def test_a_bad_size_is_an_error_with_what_is_allowed(bad: Any, kind: Any) -> None:
     with pytest.raises(OptionError, match=r"cache_size=.* whole number of samples from 1") as caught:
-        kind(dataset_name="nowhere", cache_size=bad)
+        kind(dataset_name="org/nowhere", cache_size=bad)
     assert (caught.value.name, caught.value.value) == ("cache_size", str(bad))
 
 

@@ -66,7 +66,7 @@ def test_columns_that_cannot_be_told_are_an_error_that_lists_them(tmp_path: Path
 def test_columns_that_are_no_dict_are_an_error_that_shows_one(columns: Any, example: dict[str, Any]) -> None:
     for kind in (ShmMultimodalDataset, ShmMultimodalIterableDataset):
         with pytest.raises(OptionError) as caught:
-            kind(dataset_name="nowhere", columns=columns)
+            kind(dataset_name="org/nowhere", columns=columns)
         assert f"columns={example!r}" in str(caught.value)
         assert (caught.value.name, caught.value.value) == ("columns", repr(columns))
         assert caught.value.allowed == "a dict of role to column, or None"

@@ -62,6 +62,13 @@ def test_process_of_a_registered_dataset_takes_whole_rows_unless_columns_are_giv
     assert not select("mine", None, asked)[0].all_columns
 
 
+def test_process_of_one_of_several_is_an_error_unless_one_is_for_all():
+    register_dataset(mine(columns={}, process=dict))
+    with pytest.raises(OptionError, match="'mine' was registered with a process= of its own"):
+        select(["beans", "mine"], None, REQUEST)
+    assert len(select(["beans", "mine"], None, SourceRequest(None, "train", all_columns=True))) == 2
+
+
 @pytest.mark.parametrize(
     ("columns", "task_type"),
     [

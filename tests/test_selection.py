@@ -152,3 +152,6 @@ def test_load_is_that_of_all_or_of_each_by_name():
     with pytest.raises(OptionError, match="'revision' is of one") as info:
         select(both, None, replace(REQUEST, load={"revision": "v1", "token": "hf_secret"}))
     assert "hf_secret" not in str(info.value) + info.value.value
+    with pytest.raises(OptionError, match="or a dict for each that is named") as info:
+        select(both, None, replace(REQUEST, load={"org/x": {"token": "hf_secret"}, "token": "hf_secret"}))
+    assert "hf_secret" not in str(info.value) + info.value.value

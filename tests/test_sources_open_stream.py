@@ -116,6 +116,19 @@ def test_a_jump_backwards_opens_the_stream_again_and_rows_before_are_skipped():
     assert read(reader, chunk(1)) == list(range(64, 128))
 
 
+def test_a_stream_that_another_process_had_begun_is_logged_to_be_read_from_its_front(
+    caplog: pytest.LogCaptureFixture,
+):
+    caplog.set_level("DEBUG", "shmloader.sources")
+    reader = reader_of(request_of(STREAMS["generator"]()))
+    read(reader, chunk(0, key=2))
+    assert not [message for message in caplog.messages if message.startswith("source reopened")]
+    read(reader, chunk(1))
+    reader.close()
+    (told,) = [message for message in caplog.messages if message.startswith("source reopened")]
+    assert told.endswith("is read from its front up to row 64; this process had read it up to row 0")
+
+
 def test_a_failure_is_told_again_for_every_later_chunk_of_its_iteration():
     reader = reader_of(request_of(stream_of_numbers(failing, num=300, at=100)))
     assert read(reader, chunk(0)) == list(range(64))

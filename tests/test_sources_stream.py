@@ -147,6 +147,19 @@ def test_next_chunk_continues_the_open_stream():
     assert opened == [1]
 
 
+def test_a_stream_that_is_read_from_its_front_again_is_logged(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("DEBUG", "shmloader.sources")
+    request = SourceRequest(STREAMS["generator"](), "train", None, True)
+    plan = make_plan(request)
+    reader = open_reader(request, plan)
+    for number in (0, 1, 0):
+        assert not [record for record in caplog.messages if record.startswith("source reopened")]
+        list(reader.read(plan.chunks[number]))
+    reader.close()
+    (told,) = [record for record in caplog.messages if record.startswith("source reopened")]
+    assert told.endswith("is read from its front up to row 0; this process had read it up to row 128")
+
+
 def test_jumps_forwards_and_backwards_give_the_right_rows():
     request = SourceRequest(STREAMS["arrow"](), "train")
     plan = make_plan(request)

@@ -14,7 +14,7 @@ from shmloader.sources.blame import why_failed
 from shmloader.sources.media_files import MediaFiles
 from shmloader.sources.resolve import has_secret, without_secrets
 from shmloader.sources.rows import one_batch
-from shmloader.sources.stream import open_planned, plain_rows
+from shmloader.sources.stream import open_planned, plain_rows, tell_reopened
 from shmloader.sources.stream_rows import StreamTables
 
 #: Which iteration of the stream a chunk is of.
@@ -117,6 +117,8 @@ class OpenStreamReader:
         is_failed = found is not None and found.failed is not None and found.failed[0] <= chunk.first_row
         if found is not None and (is_failed or found.next_row <= chunk.first_row):
             return found
+        if found is not None or chunk.first_row:
+            tell_reopened(self._plan, chunk.first_row, 0 if found is None else found.next_row)
         found = self._iterations[one, other] = _Iteration(self._tables(epoch))
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ from shmloader.sources.splits import front_of
 from shmloader.sources.stream_features import check_formats, features_of
 from shmloader.sources.stream_rows import StreamTables, count_rows
 from shmloader.sources.webdataset import archives_of, count_samples, is_webdataset
+
+log = logging.getLogger("shmloader.sources")
 
 #: What ``datasets`` calls the example iterables that read files or a generator, without any transformation.
 _UNTRANSFORMED = {"ArrowExamplesIterable", "ExamplesIterable"}
@@ -148,6 +151,8 @@ class StreamReader:
 
     def _read(self, chunk: Chunk) -> pa.RecordBatch:
         if self._batches is None or chunk.first_row < self._next_row:
+            if self._next_row or chunk.first_row:
+                tell_reopened(self._plan, chunk.first_row, self._next_row)
             self._batches, self._next_row = self._open(), 0
         while True:
             table = next(self._batches, None)
@@ -191,6 +196,12 @@ class StreamReader:
             num_rows=chunk.num_rows,
             **({} if error is None else told_of(error)),
         )
+
+
+def tell_reopened(plan: SourcePlan, row: int, next_row: int) -> None:
+    """Log that a stream, which this process had read up to ``next_row``, is read from its front to get to ``row``."""
+    told = "source reopened: %s, split %r, is read from its front up to row %d; this process had read it up to row %d"
+    log.debug(told, plan.name, plan.split, row, next_row)
 
 
 def open_planned(request: SourceRequest, plan: SourcePlan) -> tuple[Any, Any]:

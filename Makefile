@@ -41,8 +41,10 @@ $(VENV)/built: $(VENV)/installed setup.py $(C_FILES) $(C_HEADERS)
 demo: venv ## stream the embedded datasets through a DataLoader, and check them
 	@$(BIN)/shmloader demo $(ARGS)
 
+# On as many cores as there are, four at most (tests/conftest.py says so); ARGS="-n 0" for one after the other, as --pdb
+# needs. Each set starts fresh interpreters, so what is compiled once is to be kept, even where the environment says not to.
 test: venv ## the whole test suite: Python, then the core alone
-	@$(BIN)/python -m pytest $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 	@$(MAKE) -C native_tests test
 
 native-test: ## the tests of the C core: no Python, no venv

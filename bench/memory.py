@@ -4,22 +4,41 @@ A source is read once, of a few rows, of a given size and of a larger one, in ch
 
 parquet  a file with large row groups, of which each is cut into pieces; its samples all stay, so every byte passes once
 jsonl    lines, which can only be read front to back; each iteration reads them as a stream
+tar      an archive with two members a row, read so, too, and made into rows by Python functions
 
 The samples are of a few bytes (`process` counts letters), so that what is measured is what the services need for the
 source. Of each service the private memory (its own pages that are no file's: "Anonymous" of smaps_rollup, proc(5)) is
-looked at every few milliseconds, and the pages that the set has in shared memory. Both must be bounded by a number of
-chunks: what the larger source takes more than the smaller one must be less than `MOST_GROWTH` chunks a prefetcher, or
-than `MOST_NOISE_BYTES`. Windows of encoded chunks are as small as they can be, of one chunk, so that the smaller source
-fills them, too.
+looked at every few milliseconds, and the pages that the set has in shared memory. Windows of encoded chunks are as
+small as they can be, of one chunk, so that the smaller source fills them, too. Of P prefetchers and chunks of c bytes,
+whatever the size of the source:
+
+private, of a prefetcher, beyond what it has for a few rows
+    2·c            its fetcher's: a chunk that waits for room, and one that somebody waits for (fetcher.py)
+    + READ_BYTES   what is read ahead of a chunk, by Arrow or `datasets`
+    + KEPT_BYTES   free memory that its allocator keeps (spawn.py), since decoders need it again at once
+shared, of the set
+    K·c, with K = 2·N + 1, where N chunks cannot make way for another one:
+        budget/c   those that are kept for an order: two windows and the one that is read (sizes.raw_budget); of a
+                   stream twice what is fetched ahead (sizes.OPEN_AHEAD_BYTES)
+        + fill/c   those that are fetched to fill the ring (fetch_schedule.FILL_BYTES); none of a stream
+        + 2·P      of each prefetcher the one that it writes, and one more for who waits for it (held.py)
+      Chunks differ in size, so that before each of these may be a gap into which another one just does not fit.
+    + 3 extents    memory comes in extents (shml.h): what the last one of each region has too much
+
+Both bounds are checked; and, since they are far off where little is kept, what the larger source takes more than the
+smaller one. Peaks are of moments: of each prefetcher one chunk may wait for room or not, and one be put beyond the
+budget or not. So it may be 2·c of private memory and `MOST_NOISE_BYTES`, and 2·P·c and an extent of shared memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import random
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -35,6 +54,10 @@ from rich.table import Table
 from bench.host import describe_host
 from shmloader import Options, ShmMultimodalIterableDataset
 from shmloader.options import parse_size
+from shmloader.prefetch import spawn
+from shmloader.prefetch.fetch_schedule import FILL_BYTES
+from shmloader.sizes import OPEN_AHEAD_BYTES, raw_budget
+from shmloader.sources.parquet import STREAM_BATCH_BYTES, STREAM_BUFFER_BYTES
 from shmloader.sources.rows import BATCH_ROWS
 
 HELP = "private and shared memory of the services, by the size of the source that passes through them"
@@ -43,14 +66,20 @@ _RESULTS = Path(__file__).resolve().parent / "results"
 MIB = 1 << 20
 #: Letters of a row; so many of these are one row group.
 ROW_BYTES, GROUP_BYTES = 64 << 10, 256 * MIB
-SOURCES = ("parquet", "jsonl")
-#: Peaks are of moments: a prefetcher may just have put one that a reader waits for beyond the budget, and one more may
-#: lie where it keeps free space from being put together. So many chunks, for each prefetcher, are no growth.
-MOST_GROWTH = 2.0
-#: And the allocators of a process keep what they had, which differs from run to run by so much.
+SOURCES = ("parquet", "jsonl", "tar")
+#: Chunks that a fetcher holds at most; and the most that a prefetcher has at one moment, and may not have at another.
+HELD_CHUNKS = 2
+#: Ahead of a chunk: a column's buffer and two batches of Parquet; of lines a block of 10 MiB, as bytes and as a table.
+READ_BYTES = max(STREAM_BUFFER_BYTES + 2 * STREAM_BATCH_BYTES, 2 * (10 << 20))
+#: Free memory that glibc does not give back.
+KEPT_BYTES = int(spawn.ENVIRONMENT["MALLOC_TRIM_THRESHOLD_"])
+#: Of which the ring's memory is: SHML_EXTENT_BYTES in native/shml.h.
+EXTENT_BYTES = 64 * MIB
+#: And the allocators of a process keep what they had, which differs from run to run by so much (measured).
 MOST_NOISE_BYTES = 32 * MIB
 #: Of the source of a few rows, by which it is known what a prefetcher takes without any.
 FEW_BYTES = 16 * ROW_BYTES
+WINDOW_BYTES = MIB
 _SAMPLE_S = 0.005
 
 
@@ -82,9 +111,7 @@ def run(args: argparse.Namespace) -> int:
             with tempfile.TemporaryDirectory(prefix="shmloader-bench-", dir=args.folder) as folder:
                 num_rows = _WRITERS[source](Path(folder) / f"data.{source}", size, parse_size(args.group).resolve(0))
                 results.append({"source": source, "bytes": size, **_measure(folder, num_rows, args.prefetchers)})
-    verdicts = [
-        _verdict(*(r for r in results if r["source"] == source and r["bytes"] != FEW_BYTES)) for source in asked
-    ]
+    verdicts = [_verdict(*(result for result in results if result["source"] == source)) for source in asked]
     _print(results, verdicts, console)
     report = {
         "question": "memory",
@@ -133,12 +160,35 @@ def _write_jsonl(file: Path, num_bytes: int, group_bytes: int) -> int:
     return num_rows
 
 
-_WRITERS: dict[str, Callable[[Path, int, int], int]] = {"parquet": _write_parquet, "jsonl": _write_jsonl}
+def _write_tar(file: Path, num_bytes: int, group_bytes: int) -> int:
+    del group_bytes
+    num_rows = max(num_bytes // ROW_BYTES, 1)
+    with tarfile.open(file, "w") as archive:
+        for row, text in _rows(num_rows):
+            for kind, content in (("index", str(row)), ("text", text)):
+                member = tarfile.TarInfo(f"{row:08d}.{kind}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content.encode()))
+    return num_rows
 
 
-def count_letters(row: dict[str, Any]) -> dict[str, int]:
-    """The `process`: next to nothing stays of a row."""
-    return {"number": row["number"], "length": len(row["text"])}
+_WRITERS: dict[str, Callable[[Path, int, int], int]] = {
+    "parquet": _write_parquet,
+    "jsonl": _write_jsonl,
+    "tar": _write_tar,
+}
+
+
+class CountLetters:
+    """The `process`: next to nothing stays of a row. Waits until ``gate`` is open, a FIFO without a writer before."""
+
+    def __init__(self, gate: Path) -> None:
+        self._gate = str(gate)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, int]:
+        os.close(os.open(self._gate, os.O_RDONLY))
+        number = row["index"] if "index" in row else row["number"]  # as a WebDataset has it, whose names tell the types
+        return {"number": number, "length": len(row["text"])}
 
 
 # ---- measuring -------------------------------------------------------------------------------------------
@@ -147,11 +197,14 @@ def count_letters(row: dict[str, Any]) -> dict[str, int]:
 class Watch:
     """Looks at the services of a dataset until it is closed; a thread of its own.
 
+    Opens ``gate`` once it has seen ``num_services`` of them: of few rows they would be done before.
+
     private: pid → the most bytes. shared: the most bytes of the set's memfd.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Any, num_services: int, gate: Path) -> None:
+        self._dataset, self._num_services, self._gate = dataset, num_services, gate
+        self._gate_fd: int | None = None
         self._fd = dataset._reader.files.ring.ring_fd
         self.private: dict[int, int] = {}
         self.shared = self.num_looks = 0
@@ -163,11 +216,16 @@ class Watch:
         """Look no more."""
         self._is_over.set()
         self._thread.join()
+        self._open_gate()
+        os.close(self._gate_fd)
+
+    def _open_gate(self) -> None:
+        if self._gate_fd is None:
+            self._gate_fd = os.open(self._gate, os.O_RDWR)
 
     def _run(self) -> None:
-        pids = self._dataset.stats().service_pids
         while not self._is_over.is_set():
-            if self.num_looks % 20 == 0:
+            if self.num_looks % 20 == 0 or len(self.private) < self._num_services:
                 pids = self._dataset.stats().service_pids
             for pid in pids:
                 private = private_bytes(pid)
@@ -175,6 +233,8 @@ class Watch:
                     self.private[pid] = max(self.private.get(pid, 0), private)
             self.shared = max(self.shared, os.fstat(self._fd).st_blocks * 512)
             self.num_looks += 1
+            if len(self.private) >= self._num_services:
+                self._open_gate()
             self._is_over.wait(_SAMPLE_S)
 
 
@@ -190,17 +250,20 @@ def private_bytes(pid: int) -> int:
 
 def _measure(folder: str, num_rows: int, num_prefetchers: int) -> dict[str, Any]:
     """Read the source once; what its services took at most, and whether every row came as it was written."""
-    options = Options(ring_bytes="256MiB", prefetchers=num_prefetchers, spill_bytes=0, window_bytes="1MiB")
+    options = Options(ring_bytes="256MiB", prefetchers=num_prefetchers, spill_bytes=0, window_bytes=WINDOW_BYTES)
     os.environ["HF_HUB_OFFLINE"] = "1"  # for the services: nothing of it is asked for
     began = time.perf_counter()
-    with ShmMultimodalIterableDataset(dataset_name=folder, process=count_letters, options=options) as dataset:
-        source = dataset._reader.plan.source
-        chunk_bytes = max(source.chunk_bytes, default=0) or BATCH_ROWS * ROW_BYTES
-        watch = Watch(dataset)
-        try:
-            lengths = {int(sample["number"]): int(sample["length"]) for sample in dataset}
-        finally:
-            watch.close()
+    with tempfile.TemporaryDirectory(prefix="shmloader-gate-") as beside:
+        os.mkfifo(gate := Path(beside) / "gate")
+        process = CountLetters(gate)
+        with ShmMultimodalIterableDataset(dataset_name=folder, process=process, options=options) as dataset:
+            source = dataset._reader.plan.source
+            chunk_bytes = max(source.chunk_bytes, default=0) or BATCH_ROWS * ROW_BYTES
+            watch = Watch(dataset, num_prefetchers + 1, gate)
+            try:
+                lengths = {int(sample["number"]): int(sample["length"]) for sample in dataset}
+            finally:
+                watch.close()
     most = sorted(watch.private.values())
     return {
         "rows": num_rows,
@@ -218,15 +281,43 @@ def _measure(folder: str, num_rows: int, num_prefetchers: int) -> dict[str, Any]
     }
 
 
-def _verdict(small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
-    """By how many bytes the memory grew from the smaller source to the larger one."""
-    growth = {name: large[f"{name}_bytes"] - small[f"{name}_bytes"] for name in ("prefetcher", "shared")}
-    most = max(MOST_GROWTH * large["prefetchers"] * large["chunk_bytes"], MOST_NOISE_BYTES)
+def most_private_bytes(result: dict[str, Any]) -> int:
+    """Of a prefetcher, beyond what it has for a few rows; see the module."""
+    return int(HELD_CHUNKS * result["chunk_bytes"]) + READ_BYTES + KEPT_BYTES
+
+
+def most_shared_bytes(result: dict[str, Any]) -> int:
+    """Of the set; see the module."""
+    chunk_bytes, num_prefetchers = int(result["chunk_bytes"]), result["prefetchers"]
+    if result["is_open"]:
+        kept = 2 * OPEN_AHEAD_BYTES
+    else:
+        budget = raw_budget([chunk_bytes], WINDOW_BYTES)
+        kept = budget + min(FILL_BYTES, budget)
+    num_kept = -(-kept // chunk_bytes) + 2 * num_prefetchers
+    return (2 * num_kept + 1) * chunk_bytes + 3 * EXTENT_BYTES
+
+
+def _verdict(few: dict[str, Any], small: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
+    """What the larger source takes beside what it may, and how much more than the smaller one that is."""
+    chunk_bytes, names = large["chunk_bytes"], ("prefetcher", "shared")
+    taken = {
+        "prefetcher": large["prefetcher_bytes"] - few["prefetcher_bytes"],
+        "shared": large["shared_bytes"],
+    }
+    most = {"prefetcher": most_private_bytes(large), "shared": most_shared_bytes(large)}
+    growth = {name: large[f"{name}_bytes"] - small[f"{name}_bytes"] for name in names}
+    most_growth = {
+        "prefetcher": HELD_CHUNKS * chunk_bytes + MOST_NOISE_BYTES,
+        "shared": 2 * large["prefetchers"] * chunk_bytes + EXTENT_BYTES,
+    }
     return {
         "source": large["source"],
+        "taken_bytes": taken,
+        "most_bytes": most,
         "growth_bytes": growth,
-        "most_growth_bytes": most,
-        "is_bounded": max(growth.values()) < most,
+        "most_growth_bytes": most_growth,
+        "is_bounded": all(taken[name] <= most[name] and growth[name] <= most_growth[name] for name in names),
     }
 
 
@@ -259,6 +350,11 @@ def _print(results: list[dict[str, Any]], verdicts: list[dict[str, Any]], consol
     console.print(table)
     for verdict in verdicts:
         told = "[green]bounded[/green]" if verdict["is_bounded"] else "[red]GROWS[/red]  "
-        growth = ", ".join(f"{name} {grown / MIB:+,.0f} MiB" for name, grown in verdict["growth_bytes"].items())
-        most = verdict["most_growth_bytes"] / MIB
-        console.print(f"{told}  {verdict['source']}: {growth} of {most:,.0f} MiB that are no growth", highlight=False)
+        for name in ("prefetcher", "shared"):
+            taken, most = verdict["taken_bytes"][name] / MIB, verdict["most_bytes"][name] / MIB
+            growth, most_growth = verdict["growth_bytes"][name] / MIB, verdict["most_growth_bytes"][name] / MIB
+            console.print(
+                f"{told}  {verdict['source']}, {name}: {taken:,.0f} of {most:,.0f} MiB; {growth:+,.0f} MiB from the "
+                f"smaller source to the larger one, where {most_growth:,.0f} are no growth",
+                highlight=False,
+            )

@@ -378,6 +378,13 @@ static void put_where_others_give_way(void)
     put(ACTOR, 19); /* where 9 and 10 are */
     put(ACTOR, 17);
 }
+static void put_where_so_many_are_that_one_must_go(void)
+{
+    shml_control_t *c = segment(ACTOR).control;
+    c->most_transit = c->num_transit;
+    put(ACTOR, 17); /* 9 goes, and it lies there */
+    put(ACTOR, 19); /* 10 goes, and is not enough */
+}
 static void put_what_is_wanted(void) { put(ACTOR, 11); }
 static void put_where_no_room_is_left(void)
 {
@@ -686,6 +693,7 @@ static void killed_in_reserve_or_commit(void) { act(put_into_resident); }
 static void killed_while_reusing_a_hole(void) { act(put_into_the_hole); }
 static void killed_while_a_claim_moves_to_a_hole(void) { act(put_a_claimed_row_into_the_hole); }
 static void killed_while_evicting(void) { act(put_where_others_give_way); }
+static void killed_while_making_way(void) { act(put_where_so_many_are_that_one_must_go); }
 static void killed_while_meeting_wants(void) { act(put_what_is_wanted); }
 static void killed_while_a_chunk_stays_no_more(void) { act(put_where_no_room_is_left); }
 static void killed_while_pressing_readers(void) { act(ask_for_room_in_vain); }
@@ -724,13 +732,14 @@ static void every_failpoint_was_passed(void)
 }
 
 TEST_MAIN(TEST(killed_in_reserve_or_commit), TEST(killed_while_reusing_a_hole),
-          TEST(killed_while_a_claim_moves_to_a_hole), TEST(killed_while_evicting), TEST(killed_while_meeting_wants),
-          TEST(killed_while_a_chunk_stays_no_more), TEST(killed_while_pressing_readers),
-          TEST(killed_in_an_error_record), TEST(killed_in_abort), TEST(killed_while_claiming_rows),
-          TEST(killed_while_fetching), TEST(killed_while_spilling), TEST(killed_while_breaking_a_chunk),
-          TEST(killed_while_pinning), TEST(killed_while_waiting_for_a_batch), TEST(killed_while_withdrawing_wants),
-          TEST(killed_while_reading_as_a_guest), TEST(killed_while_meeting_guests_wants),
-          TEST(killed_while_breaking_what_guests_want), TEST(killed_in_an_order), TEST(killed_while_stamping),
-          TEST(killed_in_reap), TEST(killed_while_setting_rows_aside), TEST(killed_in_register_or_unregister),
+          TEST(killed_while_a_claim_moves_to_a_hole), TEST(killed_while_evicting), TEST(killed_while_making_way),
+          TEST(killed_while_meeting_wants), TEST(killed_while_a_chunk_stays_no_more),
+          TEST(killed_while_pressing_readers), TEST(killed_in_an_error_record), TEST(killed_in_abort),
+          TEST(killed_while_claiming_rows), TEST(killed_while_fetching), TEST(killed_while_spilling),
+          TEST(killed_while_breaking_a_chunk), TEST(killed_while_pinning), TEST(killed_while_waiting_for_a_batch),
+          TEST(killed_while_withdrawing_wants), TEST(killed_while_reading_as_a_guest),
+          TEST(killed_while_meeting_guests_wants), TEST(killed_while_breaking_what_guests_want),
+          TEST(killed_in_an_order), TEST(killed_while_stamping), TEST(killed_in_reap),
+          TEST(killed_while_setting_rows_aside), TEST(killed_in_register_or_unregister),
           TEST(killed_while_releasing_raw), TEST(killed_in_rebuild), TEST(killed_while_rebuilding_a_chunk),
           TEST(killed_in_text_put), TEST(killed_one_after_the_other), TEST(every_failpoint_was_passed))

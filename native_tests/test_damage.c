@@ -142,7 +142,7 @@ static void change_any(shml_seg_t *seg)
             check_status(shml_reap(clients[0], 1));
         } else if (seg->self < 0) {
             memset(seg->pin_counts, 0, stage.control->num_descs * sizeof *seg->pin_counts);
-            seg->pinned_bytes = 0;
+            seg->pinned_bytes = seg->num_pinned = 0;
             check_status(shml_client_register(seg, SHML_SERVICE, (int32_t)dice(3) - 1, 1));
         }
     }

@@ -1,4 +1,5 @@
-/* A set that keeps only so many samples: just as many stay, and never more, whoever writes, gives up or dies. */
+/* A set that keeps only so many samples: just as many stay, and never more, whoever writes, gives up or dies. And one that
+ * has only so many in transit: one of them goes for each that comes, whatever room there is. */
 #define _GNU_SOURCE
 #include "transit.h"
 
@@ -154,6 +155,186 @@ static void never_more_stay_whatever_happens(void)
     }
 }
 
+/* ---------------------------------------------------------------------------------------------------- *
+ * In transit
+ * ---------------------------------------------------------------------------------------------------- */
+static shml_seg_t *reader;
+
+/* No sample stays, and transit has room for 128 of the smallest. */
+static void new_passage(uint64_t most)
+{
+    most_resident = 0;
+    most_transit = most;
+    new_stage(transit_shape);
+    most_transit = 0;
+    writer = enter(SHML_SERVICE);
+    other = enter(SHML_SERVICE);
+    reader = enter(SHML_OWNER);
+}
+
+static uint64_t num_passing(void) { return stats_of(writer).num_transit; }
+
+static void just_as_many_pass_as_may(void)
+{
+    for (uint64_t most = 1; most <= NUM_RECORDS; most++) {
+        test_note("at most %llu", (unsigned long long)most);
+        new_passage(most);
+        CHECK_EQ(stats_of(writer).most_transit, most);
+        for (uint64_t id = 0; id < NUM_RECORDS; id++) {
+            (void)put(writer, id, 64);
+            CHECK_EQ(num_passing(), id < most ? id + 1 : most);
+            CHECK(is_in_transit(writer, id));
+        }
+        check_stage(writer);
+    }
+}
+
+/* What comes lies where what went has lain, so that no more memory is used than for so many. */
+static void who_comes_takes_the_place_of_who_goes(void)
+{
+    new_passage(5);
+    for (uint64_t id = 0; id < NUM_RECORDS; id++)
+        CHECK(put(writer, id, 128) < 5 * 128);
+    new_passage(5);
+    uint64_t end = 0;
+    for (uint64_t i = 0; i < 40 * NUM_RECORDS; i++) { /* of all sizes: little more than so many of the largest */
+        uint64_t num_bytes = 64 * (1 + i * 7 % 8), at = put(writer, i % NUM_RECORDS, num_bytes);
+        end = at + num_bytes > end ? at + num_bytes : end;
+    }
+    CHECK(end <= 2 * 5 * 512);
+    check_stage(writer);
+}
+
+/* One for which there is neither a gap nor room below takes it above, and what an order needs does not go in vain. */
+static void a_large_one_goes_where_nobody_needs_anything(void)
+{
+    new_passage(4);
+    shml_order_info_t order = begin_order(reader, 10);
+    for (uint64_t id = 0; id < 4; id++)
+        (void)put_for(writer, id, 64, until(&order, id + 1));
+    shml_ticket_t ticket;
+    CHECK_EQ(try_reserve(writer, 9, KIB, 0), SHML_E_FULL);
+    CHECK_EQ(in_transit(writer, 0, 4), 0xf);
+    CHECK_EQ(shml_reserve(writer, 9, KIB, &no_stamp, 1, &ticket), SHML_OK); /* somebody waits for it */
+    CHECK_EQ(ticket.offset, 4 * 64);
+    CHECK_EQ(in_transit(writer, 0, 4), 0xe);
+    CHECK_EQ(num_passing(), 4);
+    check_stage(writer);
+}
+
+static void what_somebody_reads_or_waits_for_does_not_go(void)
+{
+    new_passage(3);
+    for (uint64_t id = 0; id < 3; id++)
+        (void)put(writer, id, 64);
+    shml_ref_t read = pin(reader, 0);
+    CHECK_EQ(get(reader, (uint64_t[]){1, 40}, 2, SHML_GET_POST, NULL), 1); /* 1 is wanted until 40 comes */
+    (void)put(writer, 3, 64);
+    CHECK_EQ(in_transit(writer, 0, 4), 0xb);
+    shml_ref_t three = pin(reader, 3);
+    uint64_t starved = stats_of(writer).num_starved;
+    CHECK_EQ(try_reserve(writer, 4, 64, 0), SHML_E_FULL);
+    CHECK_EQ(try_reserve(writer, 4, 64, 1), SHML_E_FULL);
+    CHECK_EQ(stats_of(writer).num_starved, starved + 1); /* who waits is told to copy what it has */
+    unpin(reader, &read);
+    (void)put(writer, 4, 64);
+    CHECK_EQ(in_transit(writer, 0, 5), 0x1a);
+    unpin(reader, &three);
+    check_stage(writer);
+}
+
+/* Half of the number too is shared by the readers, so that who hoards views of small samples holds up nobody. */
+static void small_ones_that_are_pinned_are_counted_too(void)
+{
+    new_passage(8);
+    CHECK_EQ(shml_pin_quota_samples(reader), 4);
+    shml_seg_t *worker = enter_under(SHML_WORKER, reader);
+    CHECK_EQ(shml_pin_quota_samples(reader), 2);
+    shml_ref_t refs[4];
+    shml_found_t found;
+    for (uint64_t id = 0; id < 4; id++) {
+        (void)put(writer, id, 64);
+        CHECK_EQ(shml_get_many(worker, &id, 1, 0, NULL, &refs[id], &found), SHML_OK);
+        CHECK_EQ(found.over_quota, id >= 2);
+    }
+    CHECK_EQ(shml_unpin(worker, refs, 4), SHML_OK);
+    CHECK_EQ(worker->num_pinned, 0);
+    new_passage(0);
+    CHECK_EQ(shml_pin_quota_samples(reader), UINT64_MAX);
+}
+
+/* What is no sample is not counted, and goes with none; nor is a row that is claimed. */
+static void chunks_and_claims_do_not_count(void)
+{
+    new_passage(1);
+    (void)put(writer, SHML_RAW | 3, KIB);
+    shml_ticket_t error = reserve(writer, SHML_CHUNK_ERROR | 5, 64);
+    CHECK_EQ(shml_commit(writer, &error, SHML_REF_ERROR), SHML_OK);
+    CHECK_EQ(claim_row(writer, 7), 1);
+    CHECK_EQ(num_passing(), 0);
+    (void)put(writer, 0, 64);
+    CHECK_EQ(try_reserve(writer, SHML_CHUNK_ERROR | 6, 64, 0), SHML_OK);
+    CHECK(is_in_transit(writer, 0) && num_passing() == 1);
+    check_stage(writer);
+}
+
+static void who_gives_up_or_dies_leaves_room_for_one(void)
+{
+    for (int dies = 0; dies < 2; dies++) {
+        new_passage(1);
+        shml_ticket_t ticket = reserve(other, 0, 64);
+        CHECK_EQ(try_reserve(writer, 1, 64, 1), SHML_E_FULL); /* what is being written counts, and stays */
+        if (dies)
+            bury(writer, other);
+        else
+            CHECK_EQ(shml_abort(other, &ticket), SHML_OK);
+        CHECK_EQ(num_passing(), 0);
+        (void)put(writer, 1, 64);
+        CHECK_EQ(num_passing(), 1);
+        check_stage(writer);
+    }
+}
+
+/* As above, with pins, orders, urgent ones, and records of all sizes. */
+static void never_more_pass_whatever_happens(void)
+{
+    for (uint64_t seed = 0; seed < 200; seed++) {
+        uint64_t random = seed, most = 1 + test_random(&random) % 20;
+        test_note("seed %llu", (unsigned long long)seed);
+        new_passage(most);
+        shml_ticket_t open[8];
+        int num_open = 0;
+        shml_seg_t *hand = enter(SHML_SERVICE);
+        for (int step = 0; step < 150; step++) {
+            uint64_t draw = test_random(&random), id = draw >> 32;
+            switch (draw % 9) {
+            case 0:
+                bury(writer, hand);
+                hand = enter(SHML_SERVICE);
+                num_open = 0;
+                break;
+            case 1: break_mutex(); break;
+            case 2:
+            case 3:
+                if (num_open > 0)
+                    CHECK_EQ(shml_commit(hand, &open[--num_open], (uint32_t)(id % 5 == 0)), SHML_OK);
+                break;
+            case 4:
+                if (num_open > 0)
+                    CHECK_EQ(shml_abort(hand, &open[--num_open]), SHML_OK);
+                break;
+            case 5: (void)get(reader, (uint64_t[]){id % NUM_RECORDS, NUM_RECORDS - 1}, 2, SHML_GET_POST, NULL); break;
+            default:
+                if (num_open < 8 && shml_reserve(hand, id % NUM_RECORDS, 64 + id % 900, NULL, (int)(id % 2),
+                                                 &open[num_open]) == SHML_OK)
+                    num_open++;
+            }
+            CHECK(num_passing() <= most);
+        }
+        check_stage(writer);
+    }
+}
+
 static void a_limit_without_a_place_for_the_others_is_refused(void)
 {
     new_cast(5);
@@ -172,4 +353,8 @@ TEST_MAIN(TEST(just_as_many_stay_as_may), TEST(without_a_limit_all_stay_that_fin
           TEST(a_chunk_that_stays_in_part_is_not_done), TEST(no_more_chunks_are_promised_room_than_may_stay),
           TEST(what_is_being_written_counts), TEST(who_gives_up_or_dies_leaves_the_place_to_another),
           TEST(errors_of_rows_count_and_those_of_chunks_do_not), TEST(never_more_stay_whatever_happens),
+          TEST(just_as_many_pass_as_may), TEST(who_comes_takes_the_place_of_who_goes),
+          TEST(a_large_one_goes_where_nobody_needs_anything), TEST(what_somebody_reads_or_waits_for_does_not_go),
+          TEST(small_ones_that_are_pinned_are_counted_too), TEST(chunks_and_claims_do_not_count),
+          TEST(who_gives_up_or_dies_leaves_room_for_one), TEST(never_more_pass_whatever_happens),
           TEST(a_limit_without_a_place_for_the_others_is_refused))

@@ -331,7 +331,7 @@ static void run(void *(*body)(void *), size_t n)
     test_in_child = 0;
 }
 
-static void new_segment(uint64_t most_resident)
+static void new_segment(uint64_t most_resident, uint64_t most_transit)
 {
     uint64_t first_rows[NUM_CHUNKS];
     uint32_t num_rows[NUM_CHUNKS], units[NUM_CHUNKS];
@@ -342,6 +342,7 @@ static void new_segment(uint64_t most_resident)
                             .num_records = NUM_RECORDS,
                             .num_chunks = NUM_CHUNKS,
                             .most_resident = most_resident,
+                            .most_transit = most_transit,
                             .spill_bytes = 1 << 20};
     env = shml_env_linux;
     env.lock = env_lock, env.alive = env_alive, env.hold = env_hold;
@@ -359,10 +360,10 @@ static void new_segment(uint64_t most_resident)
         control->regions[i].backed_end = control->regions[i].end;
 }
 
-static void clients_and_guests_share_a_segment_of(uint64_t most_resident)
+static void clients_and_guests_share_a_segment_of(uint64_t most_resident, uint64_t most_transit)
 {
     const char *what = "";
-    new_segment(most_resident);
+    new_segment(most_resident, most_transit);
     run(act, CAST);
     process_t last = {.random = 7};
     enter(&last, SHML_SERVICE);
@@ -380,8 +381,8 @@ static void clients_and_guests_share_a_segment_of(uint64_t most_resident)
     munmap(ring, ring_bytes);
     close(ring_fd);
 }
-static void clients_and_guests_share_a_segment(void) { clients_and_guests_share_a_segment_of(0); }
-static void they_do_where_few_samples_may_stay(void) { clients_and_guests_share_a_segment_of(9); }
+static void clients_and_guests_share_a_segment(void) { clients_and_guests_share_a_segment_of(0, 0); }
+static void they_do_where_few_samples_may_stay_or_pass(void) { clients_and_guests_share_a_segment_of(9, 12); }
 
 /* ------------------------------------------------ batches ---------------------------------------------- */
 /* A token is in the mail before its slot is filled: so nothing but the slot's own word orders the bytes. */
@@ -476,5 +477,5 @@ static void workers_and_their_trainer_share_a_batch_ring(void)
     close(batch_fd);
 }
 
-TEST_MAIN(TEST(clients_and_guests_share_a_segment), TEST(they_do_where_few_samples_may_stay),
+TEST_MAIN(TEST(clients_and_guests_share_a_segment), TEST(they_do_where_few_samples_may_stay_or_pass),
           TEST(workers_and_their_trainer_share_a_batch_ring))

@@ -813,6 +813,49 @@ static void room_far_off_is_found_in_several_sections(void)
     }
 }
 
+/* The same where no more samples may be there: the one that goes is looked for first. */
+static void one_that_may_go_is_found_far_off(void)
+{
+    const uint32_t places[] = {2999, 0, 1023, 1024, 1025, 2047, 2999, 5};
+    new_many();
+    stage.control->most_transit = MANY_BLOCKS + 1;
+    for (size_t i = 0; i < sizeof places / sizeof *places; i++) {
+        test_note("place %u", places[i]);
+        uint32_t num_locks = stage.num_locks;
+        CHECK_EQ(try_reserve(writer, 20, 64, 1), SHML_E_FULL);
+        CHECK(stage.num_locks > num_locks + 2);
+        unpin(holder, &many_refs[places[i]]);
+        uint64_t id = 20000 + i;
+        CHECK_EQ(put(writer, id, 64), many_at(places[i]));
+        CHECK_EQ(get(holder, &id, 1, 0, &many_refs[places[i]]), 0);
+        check_stage(writer);
+    }
+}
+
+/* While it is looked for, another goes for what others write, and then a third: nobody has more than may be there. */
+static void take_one_more(void)
+{
+    static uint64_t id = 60000;
+    stage.on_unlock = NULL;
+    unpin(holder, &many_refs[id % 2 == 0 ? 2000 : 2001]);
+    (void)put(other, id++, 64);
+    CHECK(stats_of(other).num_transit <= stage.control->most_transit);
+    stage.on_unlock = id < 60002 ? take_one_more : NULL;
+}
+static void others_may_take_the_place_of_the_one_that_goes(void)
+{
+    new_many();
+    stage.control->most_transit = MANY_BLOCKS + 1;
+    stage.on_unlock = take_one_more;
+    uint32_t seen = shml_work_word(writer);
+    int rc = try_reserve(writer, 20, 64, 0);
+    CHECK(stage.on_unlock == NULL);
+    CHECK(rc == SHML_OK || (rc == SHML_E_FULL && shml_work_word(writer) != seen));
+    CHECK(stats_of(writer).num_transit <= stage.control->most_transit);
+    CHECK_EQ(try_reserve(writer, 21, 64, 0), SHML_OK); /* what others wrote may go */
+    check_stage(writer);
+}
+
 /* What happens while the search has given the mutex away: records around the place where it stopped give way. */
 static void replace_where_the_search_is(void)
 {
@@ -972,6 +1015,7 @@ TEST_MAIN(TEST(rows_of_chunks_that_do_not_stay_go_to_transit), TEST(rows_of_chun
           TEST(only_a_look_up_that_posts_ends_the_one_before), TEST(readers_in_the_way_of_the_urgent_are_told),
           TEST(what_becomes_evictable_tells_the_services), TEST(encoded_chunks_that_stay_are_kept_until_they_are_done),
           TEST(an_encoded_chunk_that_is_pinned_stays), TEST(room_far_off_is_found_in_several_sections),
+          TEST(one_that_may_go_is_found_far_off), TEST(others_may_take_the_place_of_the_one_that_goes),
           TEST(a_search_survives_that_its_place_is_taken), TEST(a_search_survives_a_repair),
           TEST(a_long_look_stamps_each_by_its_place), TEST(damaged_block_lists_poison_and_do_not_hang),
           TEST(repair_keeps_blocks_and_what_holds_them))

@@ -32,6 +32,8 @@ TEST_UNUSED static const shape_t transit_shape = {0, 8 * KIB, 4 * KIB, 1}; /* no
 static uint32_t chunks_per_order;
 /* Not 0: so many samples stay at most. */
 static uint64_t most_resident;
+/* Not 0: so many samples are in transit at most. */
+static uint64_t most_transit;
 
 typedef struct seat { /* of a pseudo-process */
     shml_seg_t seg;
@@ -159,6 +161,7 @@ static void new_bare_stage(shape_t shape)
                                    .transit_bytes = shape.transit_bytes,
                                    .raw_bytes = shape.raw_bytes,
                                    .most_resident = most_resident,
+                                   .most_transit = most_transit,
                                    .num_records = NUM_RECORDS,
                                    .num_chunks = NUM_CHUNKS,
                                    .pid_namespace = 4026531836};
@@ -262,7 +265,7 @@ TEST_UNUSED static void break_mutex(void)
     c->chunks_todo = c->chunks_claimed = c->chunks_done = c->chunks_broken = 9;
     c->free_list = c->hole_list = 1;
     c->promised_rows = 12345;
-    c->num_resident = c->num_stored = 77;
+    c->num_resident = c->num_stored = c->num_transit = 77;
     c->num_orders = 5;
     c->dirty = 1;
     stage.owner_died = 1;

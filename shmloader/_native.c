@@ -1051,6 +1051,7 @@ static PyObject *segment_stats(Segment *self, PyObject *unused)
         ITEM(num_workers),    ITEM(num_services),    ITEM(num_reaped),    ITEM(num_services_lost),
         ITEM(num_rebuilds),   ITEM(num_orders),      ITEM(spill_bytes),   ITEM(spill_used_bytes),
         ITEM(spill_frozen),   ITEM(num_guest_reads), ITEM(num_resident),  ITEM(most_resident),
+        ITEM(num_transit),    ITEM(most_transit),
 #undef ITEM
 #undef REGION
     };
@@ -1594,19 +1595,34 @@ static PyType_Spec batch_spec = {"shmloader._native.BatchRing", sizeof(BatchRing
 static PyObject *format_control(PyObject *module, PyObject *args, PyObject *kwargs)
 {
     (void)module;
-    static char *names[] = {
-        "control",          "resident_bytes", "transit_bytes",  "raw_bytes",  "num_records",   "first_rows",
-        "num_rows",         "units",          "uuid",           "boot_id",    "pid_namespace", "record_bytes",
-        "raw_budget_bytes", "spill_bytes",    "rows_per_chunk", "num_chunks", "most_resident", NULL};
+    static char *names[] = {"control",
+                            "resident_bytes",
+                            "transit_bytes",
+                            "raw_bytes",
+                            "num_records",
+                            "first_rows",
+                            "num_rows",
+                            "units",
+                            "uuid",
+                            "boot_id",
+                            "pid_namespace",
+                            "record_bytes",
+                            "raw_budget_bytes",
+                            "spill_bytes",
+                            "rows_per_chunk",
+                            "num_chunks",
+                            "most_resident",
+                            "most_transit",
+                            NULL};
     PyObject *mapping;
     unsigned int rows_per_chunk = 0, num_chunks = 0; /* of an open set */
     unsigned long long resident_bytes, transit_bytes, raw_bytes, num_records, pid_namespace, record_bytes,
-        raw_budget_bytes, spill_bytes, most_resident = 0;
+        raw_budget_bytes, spill_bytes, most_resident = 0, most_transit = 0;
     Py_buffer first_rows, num_rows, units, uuid, boot_id;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKKKy*y*y*y*y*KKKK|IIK", names, mapping_type, &mapping,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!KKKKy*y*y*y*y*KKKK|IIKK", names, mapping_type, &mapping,
                                      &resident_bytes, &transit_bytes, &raw_bytes, &num_records, &first_rows, &num_rows,
                                      &units, &uuid, &boot_id, &pid_namespace, &record_bytes, &raw_budget_bytes,
-                                     &spill_bytes, &rows_per_chunk, &num_chunks, &most_resident))
+                                     &spill_bytes, &rows_per_chunk, &num_chunks, &most_resident, &most_transit))
         return NULL;
     int status = SHML_E_INVAL;
     if (first_rows.len == 2 * num_rows.len && units.len == num_rows.len && uuid.len == 16 && boot_id.len == 16) {
@@ -1620,6 +1636,7 @@ static PyObject *format_control(PyObject *module, PyObject *args, PyObject *kwar
                                 .raw_budget_bytes = raw_budget_bytes,
                                 .spill_bytes = spill_bytes,
                                 .most_resident = most_resident,
+                                .most_transit = most_transit,
                                 .pid_namespace = pid_namespace};
         memcpy(config.uuid, uuid.buf, 16);
         memcpy(config.boot_id, boot_id.buf, 16);

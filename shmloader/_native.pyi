@@ -222,6 +222,7 @@ def format_control(
     rows_per_chunk: int = 0,
     num_chunks: int = 0,
     most_resident: int = 0,
+    most_transit: int = 0,
 ) -> None: ...
 def control_bytes(
     resident_bytes: int, transit_bytes: int, raw_bytes: int, num_records: int, num_chunks: int, /

@@ -31,6 +31,7 @@ from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.stats import Stats
 from shmloader.tokens import batch_ring, join, known_files
 from shmloader.views import Sample
+from shmloader.worker_errors import carried
 
 log = logging.getLogger("shmloader")
 
@@ -169,20 +170,21 @@ class SharedDataset:
         known. ``revision``: the commit. ``columns``: see `columns`. ``why``: why it is not what was asked for; None: it
         is. ``notices``, ``warnings``: what there was to say of it.
         """
+        plan = self._reader.plan.source
         return [
             {
                 "name": source.name,
                 "dataset": str(source.resolved.get("dataset", source.name)),
                 "split": source.split,
                 "mode": source.mode,
-                "rows": source.num_rows,
+                "rows": num_rows,
                 "revision": source.revision,
                 "columns": _chosen(source),
                 "why": source.why,
                 "notices": list(source.notices),
                 "warnings": list(source.warnings),
             }
-            for source in self._reader.plan.source.sources
+            for source, num_rows in zip(plan.sources, plan.source_rows, strict=True)
         ]
 
     @property
@@ -222,6 +224,8 @@ class SharedDataset:
             num_rows=self._reader.plan.source.num_rows,
             samples_ready=raw["num_ready"],
             samples_kept=raw["num_resident"],
+            samples_passing=raw["num_transit"],
+            most_passing=raw["most_transit"] or None,
             samples_bad=raw["num_errors"] + raw["num_aside"],
             commits=raw["num_commits"],
             decoding_s=raw["decoding_ns"] / 1e9,
@@ -302,6 +306,13 @@ class SharedDataset:
         return made_up(sample, self._reader.plan, asked)
 
     def _transformed(self, sample: Sample, row: int, epoch: int) -> Sample:
+        with carried():
+            result = self._result(sample, row, epoch)
+        made = Sample(result)
+        made._attachment = sample._attachment  # for the padding that the schema says
+        return made
+
+    def _result(self, sample: Sample, row: int, epoch: int) -> Mapping[str, Any]:
         assert self.transform is not None
         with seeded(self.seed, epoch, row):
             try:
@@ -316,9 +327,7 @@ class SharedDataset:
                 value=type(result).__name__,
                 allowed="a function from dict to dict",
             )
-        made = Sample(result)
-        made._attachment = sample._attachment  # for the padding that the schema says
-        return made
+        return result
 
 
 def _chosen(source: SourcePlan) -> dict[str, Any]:

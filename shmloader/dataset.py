@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +17,11 @@ from shmloader.order import Kind, Order
 from shmloader.sampler import ShmSampler
 from shmloader.selection import select
 from shmloader.sources.base import SourceRequest
+from shmloader.sources.resolve import source_name
 from shmloader.views import Sample
+from shmloader.weighting import WINDOW, Weighting, checked_weights, weights_by_source
+
+log = logging.getLogger("shmloader")
 
 
 class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
@@ -31,8 +36,10 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         config: sizes of a sample (`MultimodalConfig`, or anything with its attributes).
         tokenizer: anything with ``encode(str)``; ``tokenizers`` and transformers tokenizers are called by the batch;
             None: the text's UTF-8 bytes.
-        split: name of the split.
-        dataset_name: a Hub id, a local folder or file, or an already loaded ``datasets`` object.
+        split: name of the split, or splits and parts of them, as ``datasets`` writes it: "train[:95%]",
+            "train[10:20]+validation", "all".
+        dataset_name: a Hub id, a local folder or file, or an already loaded ``datasets`` object; or several, in a list:
+            then it has all samples of the first, then all of the second, …
         transform: called in the reading process on every read with a dict of private copies; returns a dict. Its
             random numbers (``random``, numpy's and torch's global generators) are seeded by (seed, epoch, sample).
         process: called in a prefetch process when a row is decoded (once, where all samples fit the ring), in
@@ -44,8 +51,10 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         use_streaming: a Hub's data is read from where it lies, and never all of it at once. False: it is downloaded
             first, into the caches of ``huggingface_hub`` and ``datasets``, and found there the next time.
         cache_size: at most so many samples stay in the ring (``stats().samples_kept``); the others are decoded when
-            they are needed, as where the data does not fit it. Beside them there is room for those that are on their
-            way: twice ``Options.in_flight + ahead``, or less in a small ring. None: as many stay as find room.
+            they are needed, as where the data does not fit it. Beside them there are those that are on their way, or
+            lie where they passed until another needs the place (``stats().samples_passing``): at most twice
+            ``Options.in_flight + ahead`` (``stats().most_passing``), less in a small ring. None: as many stay as find
+            room.
         keys: the names of fields in samples, batches and what ``transform`` gets. "shmloader": as below. "hf": those of
             transformers' models (``input_ids``, ``attention_mask``, ``pixel_values``, ``input_values``, ``labels``)
             and nothing else. A dict: {name: new name, or None to drop it}, masks included; the others keep theirs.
@@ -61,16 +70,25 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             ``transform`` raises is always raised. `quarantine` lists bad rows.
         max_bad: the share of the rows, 0 to 1, of which more that are bad and asked for are an error; one is allowed in
             any case, unless it is 0; 1: any number.
+        weights: of several datasets, how many samples each has in proportion to the others: a dict by their names, or
+            a list in their order; None: each sample comes once an epoch. With weights an epoch is as long, and an index
+            stands for a place in a random mixture, so that shuffling adds nothing. Each epoch has its own, and goes on
+            where the one before ended: of each dataset all samples come, in random order, before one comes again.
+            `sampler` names the epochs; without it call `set_epoch`, or all are the first. Where not all samples fit the
+            ring they are decoded when they are asked for, not ahead.
         options: settings; None: those of the environment (``SHMLOADER_*``).
         writable: ``dataset[i]`` gives private copies in place of read-only views.
-        seed: of the random numbers of ``transform``; another one gives other augmentations.
+        seed: of the random numbers of ``transform``; another one gives other augmentations. Also of what ``weights``
+            choose.
 
     A sample is a dict: ``text`` int64 [L], ``image`` [3, V, V] (dtype by the config), ``audio`` float32 [A] at 16 kHz,
     ``labels`` int64 (a class, or [L] tokens), ``task_type``, ``source``; what the dataset lacks is absent. A batch has
     tensors [B, …], with ``attention_mask`` int64 [B, L] beside ``text``. What only some of a dataset's samples have (an
     image or a clip beside text may be null) is absent in the others; each batch has zeros in its place, and
     ``image_mask`` (so for ``audio``), bool [B], that tells. So has a batch with samples of several datasets
-    (ConcatDataset) for what the samples of one of them lack.
+    (ConcatDataset) for what the samples of one of them lack. Several in one dataset have the fields of all of them:
+    each sample those of its own, each batch all, with masks. Where ``labels`` are of tokens in one of them and a class
+    in another, that is one label, [1]; where some lack a class, batches have -100.
 
     Raises:
         DatasetNotFoundError, SplitNotFoundError, EmptyDatasetError, ColumnError: at once.
@@ -113,10 +131,14 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             is_downloaded=not use_streaming,
             fallback=fallback,
         )
+        requests = select(dataset_name, task_type, request)
+        if weights is not None:
+            checked_weights(weights, len(requests))
+        self._weighting: Weighting | None = None
         self._open(
             config,
             tokenizer,
-            select(dataset_name, task_type, request),
+            requests,
             transform=transform,
             process=process,
             options=options,
@@ -128,6 +150,24 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             max_bad=max_bad,
             train_on_prompt=train_on_prompt,
         )
+        if weights is not None:
+            try:
+                self._weighting = self._weighted(weights, [source_name(request) for request in requests])
+            except BaseException:
+                self.close()
+                raise
+
+    def _weighted(self, weights: Any, asked: Sequence[str]) -> Weighting:
+        """What ``weights`` stand for. asked: the names of the datasets, as they were asked for."""
+        sources = self._reader.plan.source.sources
+        found = weights_by_source(weights, [source.name for source in sources], asked)
+        if self._reader.attach().has_transit:
+            log.info(
+                "%s: not all samples stay in the ring, and prefetchers do not work ahead in an order by weights: what "
+                "does not stay is decoded when it is asked for. Set SHMLOADER_RING_BYTES higher to have all stay",
+                self.name,
+            )
+        return Weighting(found, [source.num_rows or 0 for source in sources], self.seed)
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -152,9 +192,11 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """The samples of ``indices``, looked up at once; torch's fetcher calls it with a whole batch."""
-        rows = self._rows(indices)
+        asked = rows = self._rows(indices)
         if not rows:
             return []
+        if self._weighting is not None:
+            rows = self._weighting.rows(self._epoch(), asked)
         attachment, refs = self._reader.get(rows)
         if self.transform is None and self._reader.policy.on_error != "synthetic":
             return [Sample.over(attachment, refs, i, self.writable) for i in range(len(rows))]
@@ -163,7 +205,13 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         epoch = attachment.ring.segment.epoch()
         epochs = [epoch - 1] * len(rows) if epoch else attachment.ring.segment.count_reads(array("Q", rows))
         samples = (self._sample(attachment, refs, i, row, writable=True) for i, row in enumerate(rows))
-        return [self._transformed(s, row, epoch) for s, row, epoch in zip(samples, rows, epochs, strict=True)]
+        # By the index: what comes twice in an epoch is to be transformed in two ways.
+        return [self._transformed(s, index, epoch) for s, index, epoch in zip(samples, asked, epochs, strict=True)]
+
+    def _epoch(self) -> int:
+        """The epoch that `set_epoch`, or a sampler, has named; 0 before."""
+        named = self._reader.attach().segment.epoch()
+        return named - 1 if named else 0
 
     def _several(self, index: Any) -> Sequence[int]:
         """The indices that ``index`` stands for."""
@@ -223,7 +271,10 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             )
         ring = self._reader.attach()
         kind = Kind.SEQUENTIAL if not shuffle else Kind.WINDOWED if ring.has_transit else Kind.UNIFORM
-        plan, chunks = self._reader.plan, self._reader.plan.chunks()
+        chunks, window = self._reader.plan.chunks(), self._reader.plan.window_bytes
+        if self._weighting is not None:
+            kind = Kind.WINDOWED if shuffle else Kind.SEQUENTIAL
+            chunks, window = self._weighting.chunks(), WINDOW
 
         def make(epoch: int) -> Order:
             return Order(
@@ -234,8 +285,13 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
                 rank=rank or 0,
                 world_size=1 if world_size is None else world_size,
                 drop_last=drop_last,
-                window_bytes=plan.window_bytes,
+                window_bytes=window,
             )
 
         make(0)  # what is wrong shows now
-        return ShmSampler(make, self._reader.begin_order, self.set_epoch)
+        begin = self._reader.begin_order if self._weighting is None else _begin_none
+        return ShmSampler(make, begin, self.set_epoch)
+
+
+def _begin_none(order: Order, epoch: int) -> None:
+    """Begins no order that prefetchers follow: theirs is one of rows, and this one of what is mixed of them."""

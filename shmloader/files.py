@@ -126,6 +126,7 @@ def format_set(
         spill_bytes=spill_bytes,
         rows_per_chunk=rows_per_chunk,
         most_resident=sizes.most_resident,
+        most_transit=sizes.most_transit,
         num_chunks=num_chunks if rows_per_chunk else 0,
     )
 

@@ -62,13 +62,18 @@ class Mixture:
 
     def sources(self, start: int, stop: int, step: int = 1) -> tuple[Rows, Rows]:
         """`source` at positions ``start``, ``start + step`` … below ``stop``: two arrays, int64."""
-        positions = np.arange(whole_number("start", start, 0), stop, whole_number("step", step, 1), dtype=np.int64)
+        return self.at(np.arange(whole_number("start", start, 0), stop, whole_number("step", step, 1), dtype=np.int64))
+
+    def at(self, positions: Rows) -> tuple[Rows, Rows]:
+        """`source` at any positions: two arrays, int64. Those that lie near one another cost the least."""
         found = np.empty((2, len(positions)), np.int64)
         blocks, slots = np.divmod(positions, BLOCK_LENGTH)
-        for first, last in runs(blocks):
-            sources, nth, _ = self._block(int(blocks[first]))
-            found[0, first:last] = sources[slots[first:last]]
-            found[1, first:last] = nth[slots[first:last]]
+        order = np.argsort(blocks, kind="stable")
+        for first, last in runs(blocks[order]):
+            some = order[first:last]
+            sources, nth, _ = self._block(int(blocks[some[0]]))
+            found[0, some] = sources[slots[some]]
+            found[1, some] = nth[slots[some]]
         return found[0], found[1]
 
     def position(self, source: int, nth: int) -> int:

@@ -47,7 +47,8 @@ LEAST_OPEN_RECORDS, MOST_OPEN_RECORDS = 1 << 15, 1 << 18
 class Sizes:
     """Bytes of the ring's regions, each a multiple of a page; and how many encoded ones the services keep at most.
 
-    most_resident: so many samples stay, and no more; 0: as many as find room.
+    most_resident: so many samples stay, and no more; 0: as many as find room. most_transit: so many of the others are
+    there at once; 0: the same.
     """
 
     resident_bytes: int
@@ -55,6 +56,7 @@ class Sizes:
     raw_bytes: int
     raw_budget_bytes: int
     most_resident: int = 0
+    most_transit: int = 0
 
     @property
     def file_bytes(self) -> int:
@@ -82,7 +84,8 @@ def divide(
 
     most_record_bytes: no sample is larger; None: not known. chunk_bytes: (estimated) encoded bytes of each chunk.
     in_flight, ahead: samples that readers work on at once, and that are decoded ahead of them; None: not said.
-    cache_size: most samples that stay, beside those in transit; None: as many as find room.
+    cache_size: most samples that stay, beside those in transit, of which there are `most_on_their_way` then; None: as
+    many as find room.
 
     Raises:
         RingTooSmallError: it cannot hold what is in flight; RecordTooLargeError: not even one sample.
@@ -99,7 +102,16 @@ def divide(
     resident = ring_bytes - transit
     if most_resident and most_record_bytes is not None:
         resident = min(resident, _pages(most_resident * most_record_bytes))
-    return Sizes(resident, transit, raw, budget, most_resident)
+    most_transit = most_on_their_way(in_flight, ahead) if most_resident else 0
+    return Sizes(resident, transit, raw, budget, most_resident, most_transit)
+
+
+def most_on_their_way(in_flight: int | None, ahead: int | None) -> int:
+    """Where ``cache_size`` is given: samples in transit at most, as many as it has room for where their size is known.
+
+    Twice those that readers work on at once and those that are decoded ahead of them.
+    """
+    return 2 * max(_samples(in_flight, ahead), LEAST_RECORDS)
 
 
 def most_ahead(cache_size: int | None) -> int | None:
@@ -130,9 +142,11 @@ def divide_open(
     most_share = MOST_DEFAULT_SHARE if most_record_bytes is None else 1.0
     transit = _transit(ring_bytes, most_record_bytes, in_flight, ahead, most_share)
     most = most_ahead(cache_size)
-    if most is not None and most_record_bytes is not None:
+    if most is None:
+        return Sizes(0, transit, raw, budget)
+    if most_record_bytes is not None:
         transit = min(transit, _pages(2 * most * most_record_bytes))
-    return Sizes(0, transit, raw, budget)
+    return Sizes(0, transit, raw, budget, most_transit=min(2 * most, most_on_their_way(in_flight, ahead)))
 
 
 def open_records(transit_bytes: int) -> int:
@@ -155,7 +169,7 @@ def _transit(
 ) -> int:
     """Room for twice what is in flight and what is decoded ahead; if nobody said how many, that share at most."""
     is_said = in_flight is not None
-    samples = (DEFAULT_IN_FLIGHT if in_flight is None else in_flight) + (DEFAULT_AHEAD if ahead is None else ahead)
+    samples = _samples(in_flight, ahead)
     share = _pages(int(ring_bytes * most_share))
     if record_bytes is None:
         return share
@@ -180,6 +194,11 @@ def _transit(
             variable="SHMLOADER_RING_BYTES",
         )
     return needed
+
+
+def _samples(in_flight: int | None, ahead: int | None) -> int:
+    """That readers work on at once, and that are decoded ahead of them."""
+    return (DEFAULT_IN_FLIGHT if in_flight is None else in_flight) + (DEFAULT_AHEAD if ahead is None else ahead)
 
 
 def record_too_large(record_bytes: int, have_bytes: int) -> RecordTooLargeError:

@@ -11,6 +11,8 @@ class Stats:
 
     num_rows: samples of the dataset; None: nobody knows, it is a stream. samples_ready: of these in the ring,
         those on their way included. samples_kept: that stay there, or are about to: ``cache_size`` at most.
+    samples_passing: that lie there, or are about to, until others need their place. most_passing: so many at most;
+        None: as many as find room.
     samples_bad: that could not be made.
     commits: samples decoded so far; where all fit the ring, each is once.
     decoding_s: seconds that all prefetchers together have spent making samples.
@@ -33,6 +35,8 @@ class Stats:
     num_rows: int | None
     samples_ready: int
     samples_kept: int
+    samples_passing: int
+    most_passing: int | None
     samples_bad: int
     commits: int
     decoding_s: float

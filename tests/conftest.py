@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,25 @@ PATIENCE_S = 30.0
 NUM_IMAGES = 60
 NUM_TEXTS = 100
 NUM_ROWS = 200
+
+
+#: Most tests at a time, if nobody says how many: each may have a handful of processes.
+MOST_WORKERS = 4
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """How many ``-n auto`` are: one a core that we may use, `MOST_WORKERS` at most."""
+    del config
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Caches (plans, the demo's data, a Hub's files) are of this run, its workers' together, and gone with it."""
+    if hasattr(config, "workerinput"):  # it has the environment of the process that started it
+        return
+    cache = tempfile.mkdtemp(prefix="shmloader-tests-cache-")
+    os.environ["XDG_CACHE_HOME"] = cache
+    config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
 
 
 def text_of(i: int) -> str:
@@ -125,8 +145,10 @@ def no_leaks() -> Iterator[Callable[[ShmMultimodalDataset], None]]:
     finally:
         for pidfd in pidfds.values():
             os.close(pidfd)
-    # Other programs of the machine use it too, for moments.
-    assert wait_until(lambda: set(Path("/dev/shm").iterdir()) <= before), set(Path("/dev/shm").iterdir()) - before
+    # Other programs of the machine use it too, for moments, other tests at work among them: what was there at once and
+    # stays is ours.
+    ours = set(Path("/dev/shm").iterdir()) - before
+    assert wait_until(lambda: ours.isdisjoint(Path("/dev/shm").iterdir())), ours & set(Path("/dev/shm").iterdir())
 
 
 def wait_until(condition: Callable[[], bool], patience_s: float = PATIENCE_S) -> bool:

@@ -6,11 +6,21 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 
-from bench.memory import FEW_BYTES, MIB, _verdict, private_bytes
+from bench.memory import (
+    FEW_BYTES,
+    MIB,
+    ROW_BYTES,
+    CountLetters,
+    _verdict,
+    _write_tar,
+    most_shared_bytes,
+    private_bytes,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,19 +47,61 @@ def test_every_source_is_measured_and_right(tmp_path: Path) -> None:
     assert "bounded" in done.stdout
 
 
-@pytest.mark.parametrize(("grown", "is_bounded"), [(-200, True), (0, True), (120, True), (129, False), (1500, False)])
-@pytest.mark.parametrize("name", ["prefetcher_bytes", "shared_bytes"])
+FEW = {"source": "jsonl", "prefetchers": 2, "chunk_bytes": 32 * MIB, "is_open": False}
+FEW |= {"prefetcher_bytes": 200 * MIB, "shared_bytes": 64 * MIB}
+SMALL = {**FEW, "prefetcher_bytes": 300 * MIB, "shared_bytes": 400 * MIB}
+
+
+@pytest.mark.parametrize(
+    ("name", "grown", "is_bounded"),
+    [
+        ("prefetcher", -200, True),
+        ("prefetcher", 0, True),
+        ("prefetcher", 2 * 32 + 32, True),  # two chunks, and what the allocators keep
+        ("prefetcher", 2 * 32 + 33, False),
+        ("shared", -200, True),
+        ("shared", 2 * 2 * 32 + 64, True),  # two chunks of each prefetcher, and an extent
+        ("shared", 2 * 2 * 32 + 65, False),
+        ("shared", 1500, False),
+    ],
+)
 def test_what_grows_with_the_source_is_told(name: str, grown: int, is_bounded: bool) -> None:
-    small = {"source": "jsonl", "prefetchers": 2, "chunk_bytes": 32 * MIB}
-    small |= {"prefetcher_bytes": 300 * MIB, "shared_bytes": 400 * MIB}
-    large = {**small, name: small[name] + grown * MIB}
-    assert _verdict(small, large)["is_bounded"] is is_bounded
+    large = {**SMALL, f"{name}_bytes": SMALL[f"{name}_bytes"] + grown * MIB}
+    verdict = _verdict(FEW, SMALL, large)
+    assert (verdict["growth_bytes"][name], verdict["is_bounded"]) == (grown * MIB, is_bounded)
 
 
-def test_the_noise_of_allocators_is_no_growth() -> None:
-    small = {"source": "jsonl", "prefetchers": 1, "chunk_bytes": MIB, "prefetcher_bytes": 0, "shared_bytes": 0}
-    assert _verdict(small, {**small, "prefetcher_bytes": 20 * MIB})["is_bounded"]
-    assert not _verdict(small, {**small, "prefetcher_bytes": 40 * MIB})["is_bounded"]
+@pytest.mark.parametrize("name", ["prefetcher", "shared"])
+def test_what_takes_more_than_its_bound_is_told_although_it_does_not_grow(name: str) -> None:
+    most = {
+        # two chunks, what is read ahead of them, what the allocator keeps; beyond that of a few rows
+        "prefetcher": (200 + 2 * 32 + 20 + 256) * MIB,
+        # 3 chunks for an order, 2 to fill, 2 of each of 2 prefetchers; a gap before each, and one more; 3 extents
+        "shared": ((2 * 9 + 1) * 32 + 3 * 64) * MIB,
+    }
+    for beyond, is_bounded in ((0, True), (MIB, False)):
+        same = {**SMALL, f"{name}_bytes": most[name] + beyond}
+        assert _verdict(FEW, same, same)["is_bounded"] is is_bounded
+
+
+def test_of_a_stream_is_kept_what_is_fetched_ahead() -> None:
+    num_kept = 128 // 4 + 2 * 2
+    stream = {**SMALL, "chunk_bytes": 4 * MIB, "is_open": True}
+    assert most_shared_bytes(stream) == ((2 * num_kept + 1) * 4 + 3 * 64) * MIB
+
+
+def test_each_row_of_an_archive_has_its_number_and_its_text(tmp_path: Path) -> None:
+    assert _write_tar(tmp_path / "data.tar", 3 * ROW_BYTES, 0) == 3
+    with tarfile.open(tmp_path / "data.tar") as archive:
+        members = {member.name: archive.extractfile(member).read().decode() for member in archive}
+    os.mkfifo(tmp_path / "gate")
+    gate = os.open(tmp_path / "gate", os.O_RDWR)
+    count_letters = CountLetters(tmp_path / "gate")
+    for row in range(3):
+        sample = {"index": int(members[f"{row:08d}.index"]), "text": members[f"{row:08d}.text"]}
+        assert count_letters(sample) == {"number": row, "length": ROW_BYTES - row}
+    assert len(members) == 6
+    os.close(gate)
 
 
 def test_the_private_memory_of_a_process_is_its_own() -> None:

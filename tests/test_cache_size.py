@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def numbers_path(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def num_kept(dataset: Any) -> int:
-    """Samples that stay now; the invariants, of which the limit is one, are checked on the way."""
+    """Samples that stay now; the invariants, of which the limits are two, are checked on the way."""
     segment = dataset._reader.attach().segment
     assert segment.check() is None
     return int(segment.stats()["num_resident"])
@@ -97,8 +98,65 @@ def test_room_is_taken_only_for_what_is_kept(tmp_path: Path) -> None:
         record_bytes = dataset._reader.plan.schema.most_record_bytes()
         assert stats.transit_bytes > 0
         assert 8 * record_bytes <= stats.ring_bytes - stats.transit_bytes < 8 * record_bytes + 4096
+        assert 0 <= stats.transit_bytes - stats.most_passing * record_bytes < 4096
         assert len({float(sample["image"].float().mean()) for sample in dataset}) > 1
         assert wait_until(lambda: num_kept(dataset) == 8)
+
+
+#: With this few in flight and ahead `LEAST_RECORDS` decide how many are on their way.
+FEW = replace(small_options(), in_flight=4, ahead=4)
+
+
+def grown(row: dict[str, Any]) -> dict[str, Any]:
+    """Of very different sizes, none of which is known before."""
+    return {"number": row["number"], "padding": np.full(1 + row["number"] * 7919 % 400, row["number"])}
+
+
+@pytest.mark.parametrize("is_sampled", [False, True])
+def test_of_samples_of_any_size_no_more_are_on_their_way_than_is_told(numbers_path: str, is_sampled: bool) -> None:
+    """`process` tells no size, and transit has room for all of them many times over."""
+    rows = list(range(NUM_ROWS))
+    with opened(numbers_path, process=grown, cache_size=5, options=FEW) as dataset:
+        sampler = dataset.sampler(seed=1)
+        most = 0
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            random.Random(epoch).shuffle(rows)
+            for row in list(sampler) if is_sampled else rows:
+                sample = dataset[row]
+                assert sample["number"] == row
+                assert (sample["padding"] == row).all()
+                stats = dataset.stats()
+                assert stats.most_passing == 2 * LEAST_RECORDS
+                most = max(most, stats.samples_passing)
+            assert num_kept(dataset) <= 5
+        assert 0 < most <= 2 * LEAST_RECORDS
+        assert dataset.stats().samples_ready <= 5 + 2 * LEAST_RECORDS
+
+
+def test_pictures_are_limited_alike(tmp_path: Path) -> None:
+    path = write_pictures(tmp_path, 120)
+    with opened(path, cache_size=8, options=FEW, config=MultimodalConfig(vision_dim=16)) as dataset:
+        for _ in range(2):
+            for row in range(len(dataset)):
+                assert dataset[row]["image"].shape == (3, 16, 16)
+                assert dataset.stats().samples_passing <= 2 * LEAST_RECORDS
+            assert num_kept(dataset) <= 8
+
+
+def test_more_samples_than_are_on_their_way_can_be_read_at_once_and_held(numbers_path: str) -> None:
+    """By copies: who holds more than its share of what passes, in number, holds up nobody."""
+    with opened(numbers_path, process=grown, cache_size=5, options=FEW) as dataset:
+        held = dataset.__getitems__(list(range(NUM_ROWS)))
+        held += [dataset[row] for row in reversed(range(NUM_ROWS))]
+        assert [int(sample["number"]) for sample in held] == [*range(NUM_ROWS), *reversed(range(NUM_ROWS))]
+        assert dataset._reader.attach().segment.check() is None
+        assert dataset.stats().samples_passing <= 2 * LEAST_RECORDS
+
+
+def test_without_a_cache_size_as_many_are_on_their_way_as_find_room(numbers_path: str) -> None:
+    with opened(numbers_path, process=grown, options=FEW) as dataset:
+        assert dataset.stats().most_passing is None
 
 
 def test_prefetchers_that_die_leave_no_more_than_may_stay(numbers_path: str) -> None:
@@ -123,6 +181,7 @@ def test_of_a_stream_no_more_are_made_ahead(cache_size: int) -> None:
     """Nothing of it is kept; with less than `LEAST_RECORDS` readers and prefetchers would wait for one another."""
     most = max(cache_size, LEAST_RECORDS)
     with open_stream(stream_of(counted, num=500), cache_size=cache_size) as dataset:
+        assert dataset.stats().most_passing == 2 * most
         for num_read, _ in enumerate(dataset):
             commits = dataset._reader.attach().segment.stats()["num_commits"]
             assert commits <= num_read + BLOCK + most

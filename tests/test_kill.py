@@ -29,7 +29,7 @@ from support_sets import (
 from torch.utils.data import DataLoader
 
 from shmloader import Options, ShmMultimodalDataset
-from shmloader.prefetch.supervisor import MAX_IDLE_DEATHS
+from shmloader.prefetch.futility import MAX_IDLE_DEATHS
 
 NUM_ROWS = 256
 HALF = NUM_ROWS // 2

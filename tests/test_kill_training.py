@@ -33,7 +33,7 @@ TRAINING = """
 import os, signal, sys, threading
 from torch.utils.data import DataLoader
 from shmloader import Options, ShmMultimodalDataset
-from shmloader.prefetch.supervisor import MAX_IDLE_DEATHS
+from shmloader.prefetch.futility import MAX_IDLE_DEATHS
 from support_sets import gated, number, wait_until
 from pathlib import Path
 
@@ -129,7 +129,7 @@ def test_services_are_gone_after_the_training_process_was_killed_with_all_its_se
 PLANNING = """
 import sys
 from shmloader import Options, ShmMultimodalDataset
-from shmloader.prefetch.supervisor import MAX_IDLE_DEATHS
+from shmloader.prefetch.futility import MAX_IDLE_DEATHS
 
 class Slow:
     def __call__(self, row):

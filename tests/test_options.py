@@ -12,6 +12,7 @@ from support_sets import Gate, gated, number, prefetchers_of, run_script, wait_u
 from shmloader import MultimodalConfig, Options, ShmMultimodalDataset
 from shmloader.errors import OptionError, WaitTimeoutError
 from shmloader.options import (
+    DEFAULT_SOURCE_TIMEOUT_S,
     DEFAULT_SPILL,
     DEFAULT_TIMEOUT_S,
     DEFAULT_WINDOW,
@@ -82,6 +83,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
         verify=False,
         prefetchers=None,
         timeout_s=DEFAULT_TIMEOUT_S,
+        source_timeout_s=DEFAULT_SOURCE_TIMEOUT_S,
         log="WARNING",
     )
     assert Options.from_env({}) == Options() == defaults
@@ -111,6 +113,7 @@ def test_every_variable_is_read() -> None:
         "SHMLOADER_VERIFY": "1",
         "SHMLOADER_PREFETCHERS": "3",
         "SHMLOADER_TIMEOUT_S": "1.5",
+        "SHMLOADER_SOURCE_TIMEOUT_S": "2.5",
         "SHMLOADER_LOG": "debug",
     }
     assert vars(Options.from_env(env)) == {
@@ -124,6 +127,7 @@ def test_every_variable_is_read() -> None:
         "verify": True,
         "prefetchers": 3,
         "timeout_s": 1.5,
+        "source_timeout_s": 2.5,
         "log": "DEBUG",
     }
 
@@ -131,6 +135,7 @@ def test_every_variable_is_read() -> None:
 @pytest.mark.parametrize("name", [option.name for option in fields(Options)])
 def test_every_option_has_a_variable_of_its_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     values = {"log": "INFO", "spill_dir": "/scratch", "timeout_s": "7.5", "prefetchers": "7", "verify": "True"}
+    values["source_timeout_s"] = "7.5"
     monkeypatch.setenv(f"SHMLOADER_{name.upper()}", value := values.get(name, "4096"))
     assert str(getattr(Options(), name)) == str(getattr(Options.from_env(), name)) == value
 

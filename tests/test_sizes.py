@@ -22,6 +22,7 @@ from shmloader.sizes import (
     divide,
     divide_open,
     most_ahead,
+    most_on_their_way,
     open_records,
 )
 
@@ -252,10 +253,23 @@ def test_a_cache_size_for_all_rows_is_none(cache_size: int) -> None:
 
 def test_of_samples_whose_size_is_not_known_only_the_number_is_limited() -> None:
     sizes = regions(64 * MIB, num_rows=100, most_record_bytes=None, cache_size=10)
-    assert sizes == replace(regions(64 * MIB, num_rows=100, most_record_bytes=None), most_resident=10)
+    most_transit = 2 * (DEFAULT_IN_FLIGHT + DEFAULT_AHEAD)
+    without = regions(64 * MIB, num_rows=100, most_record_bytes=None)
+    assert sizes == replace(without, most_resident=10, most_transit=most_transit)
+
+
+@pytest.mark.parametrize(("in_flight", "ahead", "most"), [(64, 16, 160), (1, 1, 2 * LEAST_RECORDS), (None, 8, 1040)])
+def test_with_a_cache_size_only_what_is_on_its_way_is_there_besides(
+    in_flight: int | None, ahead: int | None, most: int
+) -> None:
+    sizes = regions(1000 * MIB, num_rows=10**6, most_record_bytes=None, in_flight=in_flight, ahead=ahead, cache_size=10)
+    assert sizes.most_transit == most_on_their_way(in_flight, ahead) == most
+    assert regions(1000 * MIB, num_rows=10**6, most_record_bytes=None).most_transit == 0
 
 
 def test_of_a_stream_a_cache_size_limits_what_is_made_ahead() -> None:
     sizes = divide_open(10_000 * MIB, most_record_bytes=RECORD, in_flight=None, ahead=None, cache_size=100)
     assert 0 <= sizes.transit_bytes - 2 * 100 * RECORD < PAGE
+    assert sizes.most_transit == 200
+    assert open_regions(10_000 * MIB).most_transit == 0
     assert [most_ahead(size) for size in (None, 1, LEAST_RECORDS, 100)] == [None, LEAST_RECORDS, LEAST_RECORDS, 100]

@@ -209,7 +209,7 @@ def test_a_plan_travels_with_its_listing_which_is_read_in_place(tmp_path):
     os.close(fd)
     assert found.source == plan
     assert read_rows(request, found.source) == read_rows(request, plan)
-    assert found.origin(3)["shard"] == path_of(plan.listing, 3)
+    assert found.shard(3) == path_of(plan.listing, 3)
     assert found.describe(3).endswith(f"shard {path_of(plan.listing, 3)!r})")
     before = pa.total_allocated_bytes()
     listing = Listing(found.source.listing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from support_rows import EVERY_ROW, make_row, rows_of
 from torch.utils.data import ConcatDataset, DataLoader
 
 from shmloader import ShmMultimodalDataset
-from shmloader.errors import OptionError
+from shmloader.errors import DecodeError, OptionError, ShmloaderError
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 pytestmark = [
@@ -142,6 +143,52 @@ def test_error_of_a_transform_names_the_sample(rows_path: str, make_dataset: Any
     with pytest.raises(ZeroDivisionError) as caught:
         dataset[3]
     assert "sample 3 of" in caught.value.__notes__[0]
+
+
+def raising(sample: dict[str, Any]) -> dict[str, Any]:
+    raise DecodeError(f"no use for {int(sample['x'])}", source="mine", row=int(sample["x"]))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_ours_in_a_transform_keeps_its_attributes(
+    rows_path: str, make_dataset: Any, num_workers: int
+) -> None:
+    dataset = make_dataset(rows_path, process=make_row, transform=raising)
+    with pytest.raises(DecodeError, match="no use for 0") as caught:
+        list(DataLoader(dataset, 4, num_workers=num_workers))
+    assert caught.value.data == {"source": "mine", "row": 0}
+    told = "".join(traceback.format_exception(caught.value))
+    assert "in transform= for sample 0 of" in told
+    assert "shmloader.data" not in told
+    del caught
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_transform_that_returns_no_dict_is_told_by_the_attributes_too(
+    rows_path: str, make_dataset: Any, num_workers: int
+) -> None:
+    dataset = make_dataset(rows_path, process=make_row, transform=lambda sample: None)
+    with pytest.raises(OptionError) as caught:
+        list(DataLoader(dataset, 4, num_workers=num_workers))
+    assert (caught.value.name, caught.value.value) == ("transform", "NoneType")
+    del caught
+
+
+def changed(sample: dict[str, Any]) -> dict[str, Any]:
+    return {**sample, "odd": 1} if int(sample["x"]) == 2 else sample
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_samples_that_are_no_batch_are_told_by_the_attributes_too(
+    rows_path: str, make_dataset: Any, num_workers: int, is_ours: bool
+) -> None:
+    dataset = make_dataset(rows_path, process=make_row, transform=changed)
+    collate = dataset.collate if is_ours else None
+    with pytest.raises(ShmloaderError, match="sample 2 of the batch differs from sample 0 in odd") as caught:
+        list(DataLoader(dataset, 4, num_workers=num_workers, collate_fn=collate))
+    assert caught.value.data == {"field": "odd", "row": 2}
+    del caught
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])

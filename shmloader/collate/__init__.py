@@ -22,6 +22,7 @@ from shmloader.collate.place import build
 from shmloader.collate.values import CollateMap, Values, collate_map
 from shmloader.keys import Face
 from shmloader.views import Sample
+from shmloader.worker_errors import carried
 
 __all__ = ["PADDED", "Lengths", "collate", "collate_as"]
 
@@ -34,7 +35,8 @@ def collate(samples: Sequence[dict[str, Any]], *, collate_fn_map: Any = None) ->
     Raises:
         ShmloaderError: the samples have different fields, or the values of one cannot be laid side by side.
     """
-    return _collate(samples, None, PADDED, collate_fn_map)
+    with carried():
+        return _collate(samples, None, PADDED, collate_fn_map)
 
 
 def collate_as(face: Face | None, lengths: Lengths, batch: Sequence[Any]) -> Any:
@@ -44,13 +46,15 @@ def collate_as(face: Face | None, lengths: Lengths, batch: Sequence[Any]) -> Any
         As `collate`; OptionError: ``lengths`` name a field that no sample has.
     """
     if face is not None:
-        lengths.check_multiples(face)
+        with carried():
+            lengths.check_multiples(face)
 
     def function(samples: Sequence[dict[str, Any]], *, collate_fn_map: Any = None) -> dict[str, Any]:
         # What lies in a sample is none, so torch's own functions are for that.
         return _collate(samples, face, lengths, None)
 
-    return _utils.collate.collate(batch, collate_fn_map={Sample: function, dict: function, **_without_ours()})
+    with carried():
+        return _utils.collate.collate(batch, collate_fn_map={Sample: function, dict: function, **_without_ours()})
 
 
 def _collate(

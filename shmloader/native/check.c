@@ -14,7 +14,7 @@
 typedef struct sums {                       /* what the descriptors and chunks come to */
     uint64_t num_live, num_holes, num_free; /* in the index; resident holes; FREE ones below desc_end */
     uint64_t used[SHML_NUM_REGIONS], head[SHML_NUM_REGIONS], resident_bytes;
-    uint64_t num_resident; /* samples in resident */
+    uint64_t num_resident, num_transit; /* samples in resident; in transit */
     uint32_t blocks[SHML_NUM_REGIONS], states[SHML_DESC_ASIDE + 1], working[SHML_MAX_CLIENTS];
 } sums_t;
 
@@ -40,7 +40,9 @@ static int check_block(shml_control_t *c, const shml_desc_t *desc, sums_t *sums,
     sums->used[i] += desc->state == SHML_DESC_HOLE ? 0 : desc->num_bytes;
     sums->num_holes += i == SHML_RESIDENT && desc->state == SHML_DESC_HOLE;
     sums->resident_bytes += i == SHML_RESIDENT ? desc->num_bytes : 0;
-    sums->num_resident += i == SHML_RESIDENT && desc->state != SHML_DESC_HOLE && shml_is_sample(desc->id);
+    int is_sample = desc->state != SHML_DESC_HOLE && shml_is_sample(desc->id);
+    sums->num_resident += i == SHML_RESIDENT && is_sample;
+    sums->num_transit += i == SHML_TRANSIT && is_sample;
     return SHML_OK;
 }
 
@@ -184,6 +186,8 @@ static int check_counts(shml_control_t *c, const sums_t *sums, const char **what
          "a count of records is wrong");
     MUST(sums->num_resident == c->num_resident, "the count of resident samples is wrong");
     MUST(c->most_resident == 0 || c->num_resident <= c->most_resident, "more samples are resident than may be");
+    MUST(sums->num_transit == c->num_transit, "the count of samples in transit is wrong");
+    MUST(c->most_transit == 0 || c->num_transit <= c->most_transit, "more samples are in transit than may be");
     for (uint32_t slot = 0; slot < SHML_MAX_CLIENTS; slot++) {
         const shml_client_t *client = &shml_clients(c)[slot];
         MUST(client->num_working == sums->working[slot], "a client's count of rows is wrong");

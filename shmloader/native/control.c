@@ -32,8 +32,10 @@ static uint32_t abi_hash(void)
         offsetof(struct shml_control, num_orders),
         offsetof(struct shml_control, spill_bytes),
         offsetof(struct shml_control, most_resident),
+        offsetof(struct shml_control, most_transit),
         offsetof(struct shml_control, num_resident),
         offsetof(struct shml_control, num_stored),
+        offsetof(struct shml_control, num_transit),
         offsetof(struct shml_control, spill_end),
         offsetof(struct shml_chunk, spilled),
         offsetof(struct shml_control, guest_wants),
@@ -194,6 +196,7 @@ int shml_control_format(void *control, uint64_t bytes, const shml_config_t *conf
     c->raw_budget_bytes = config->raw_budget_bytes;
     c->spill_bytes = config->spill_bytes;
     c->most_resident = config->most_resident;
+    c->most_transit = config->most_transit;
     c->control_bytes = need;
     if (shml_mutex_init(&c->mutex) != SHML_OK)
         return SHML_E_SYS;

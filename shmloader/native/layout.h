@@ -55,7 +55,7 @@
 #include "shml.h"
 
 #define SHML_MAGIC       UINT64_C(0x314c44524c4d4853) /* "SHMLRDL1" */
-#define SHML_VERSION     4u
+#define SHML_VERSION     5u
 #define SHML_MAX_CLIENTS 256u
 #define SHML_MAX_WANTS   512u
 #define SHML_NO_WANT     UINT64_MAX /* an empty place in the guests' list of wants */
@@ -197,6 +197,7 @@ struct shml_control {
     uint64_t pid_namespace;
     uint64_t control_bytes, ring_bytes, num_records, record_bytes, raw_budget_bytes, spill_bytes;
     uint64_t most_resident; /* samples that may be resident; 0: any number */
+    uint64_t most_transit;  /* samples that may be in transit; 0: any number */
     uint32_t max_clients, num_chunks, num_descs, num_buckets;
     uint32_t rows_per_chunk, chunks_per_order; /* of an open set; else 0 */
     uint64_t clients_at, wants_at, orders_at, marks_at, read_at, texts_at, chunks_at, descs_at, pins_at, buckets_at,
@@ -229,6 +230,7 @@ struct shml_control {
     uint64_t promised_rows; /* of chunks that STAY and are not DONE: those that are not resident yet */
     uint64_t num_resident;  /* samples with a block in resident: RESERVED, READY and ERROR ones */
     uint64_t num_stored;    /* of these READY and ERROR ones: the sum of all chunks' num_stored */
+    uint64_t num_transit;   /* samples with a block in transit: RESERVED, READY and ERROR ones */
 
     /* Written by anybody, each alone. */
     _Alignas(64) _Atomic uint64_t progress; /* +1 whenever anything moves: readers that wait look at it */
@@ -295,6 +297,11 @@ static inline int shml_is_resident(const shml_control_t *c, uint64_t offset)
 static inline int shml_is_resident_full(const shml_control_t *c)
 {
     return c->most_resident > 0 && c->num_resident >= c->most_resident;
+}
+/* And in transit, so that one must go for the next? */
+static inline int shml_is_transit_full(const shml_control_t *c)
+{
+    return c->most_transit > 0 && c->num_transit >= c->most_transit;
 }
 static inline int shml_has_block(uint32_t state) { return state >= SHML_DESC_RESERVED && state <= SHML_DESC_HOLE; }
 static inline int shml_is_there(uint32_t state) { return state == SHML_DESC_READY || state == SHML_DESC_ERROR; }
@@ -364,6 +371,8 @@ int shml_rebuild(shml_seg_t *seg); /* all derived state from the truth */
 /* region.c: blocks of transit and raw */
 typedef struct shml_search { /* one search over several critical sections; zeroed at its beginning */
     int is_begun, num_laps;
+    int is_thinning;             /* this lap looks for a sample that gives way, not for room */
+    int is_thinned;              /* one was taken out */
     int has_own;                 /* the row has a descriptor already */
     uint32_t before, before_gen; /* goes on after this block: index + 1 */
     int64_t left;                /* so many blocks are still to be looked at in this lap */
@@ -377,6 +386,8 @@ enum { SHML_SEARCH_ON = 1 }; /* unlock, lock, go on */
 int shml_region_search(shml_seg_t *seg, uint32_t region, uint64_t num_bytes, int urgent, shml_search_t *search,
                        shml_spot_t *spot);
 int shml_region_evict(shml_seg_t *seg, const shml_spot_t *spot, uint64_t num_bytes); /* what lies where it goes */
+/* Before a sample goes to transit: have fewer than most_transit there. FULL: none gives way. */
+int shml_region_thin(shml_seg_t *seg, int urgent, shml_search_t *search);
 void shml_region_insert(shml_control_t *c, const shml_spot_t *spot, uint32_t index);
 int shml_is_evictable(shml_control_t *c, uint32_t index, int urgent); /* a block of transit or raw */
 int shml_is_pinned(shml_control_t *c, uint32_t index);

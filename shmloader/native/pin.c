@@ -37,6 +37,7 @@ static int unpin_one(shml_seg_t *seg, uint32_t slot, const shml_ref_t *ref)
     if (--seg->pin_counts[ref->desc] > 0)
         return 0;
     seg->pinned_bytes -= ref->num_bytes;
+    seg->num_pinned--;
     SHML_FP("pin.unpin.counted");
 #ifndef SHML_BREAK_UNPIN /* defined by a negative control of the tests: the suites must then fail */
     /* SYNC(unpin): all that was read of the record is before this; pairs with the acquire of who evicts it. */
@@ -55,6 +56,7 @@ static int pin_one(shml_seg_t *seg, uint32_t slot, const shml_ref_t *ref)
     if (seg->pin_counts[ref->desc]++ > 0)
         return SHML_OK;
     seg->pinned_bytes += ref->num_bytes;
+    seg->num_pinned++;
     /* Relaxed: who evicts has the mutex. */
     atomic_fetch_or_explicit(&shml_pins(seg->control, ref->desc)[slot / 64], bit_of(slot), memory_order_relaxed);
     SHML_FP("pin.pin.set");
@@ -142,11 +144,23 @@ int shml_pin_again(shml_seg_t *seg, const shml_ref_t *ref)
     return status;
 }
 
+/* One reader's share of half of `all`. */
+static uint64_t quota(const shml_seg_t *seg, uint64_t all)
+{
+    uint64_t num_readers = shml_count_clients(seg, SHML_OWNER) + shml_count_clients(seg, SHML_WORKER);
+    return all / 2 / (num_readers > 0 ? num_readers : 1);
+}
+
 uint64_t shml_pin_quota(const shml_seg_t *seg)
 {
     const shml_region_t *transit = &seg->control->regions[SHML_TRANSIT];
-    uint64_t num_readers = shml_count_clients(seg, SHML_OWNER) + shml_count_clients(seg, SHML_WORKER);
-    return (shml_limit(transit) - transit->begin) / 2 / (num_readers > 0 ? num_readers : 1);
+    return quota(seg, shml_limit(transit) - transit->begin);
+}
+
+uint64_t shml_pin_quota_samples(const shml_seg_t *seg)
+{
+    uint64_t most = seg->control->most_transit;
+    return most > 0 ? quota(seg, most) : UINT64_MAX;
 }
 
 int shml_pins_keep(shml_seg_t *seg, uint32_t slot)

@@ -109,9 +109,9 @@ int shml_get_many(shml_seg_t *seg, const uint64_t *ids, uint32_t n, int flags, c
         atomic_fetch_add_explicit(&seg->control->num_reads, num_samples, memory_order_relaxed);
     if (num_pinned > 0) {
         pthread_mutex_lock(seg->pin_lock);
-        uint64_t pinned_bytes = seg->pinned_bytes;
+        uint64_t pinned_bytes = seg->pinned_bytes, num_samples_pinned = seg->num_pinned;
         pthread_mutex_unlock(seg->pin_lock);
-        found->over_quota = pinned_bytes > shml_pin_quota(seg);
+        found->over_quota = pinned_bytes > shml_pin_quota(seg) || num_samples_pinned > shml_pin_quota_samples(seg);
     }
     return SHML_OK;
 }

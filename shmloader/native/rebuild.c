@@ -88,7 +88,7 @@ static void zero(shml_control_t *c)
         shml_clients(c)[slot].num_working = 0;
     c->num_ready = c->num_errors = c->num_reserved = c->num_claimed = c->num_suspect = c->num_aside = 0;
     c->free_list = c->hole_list = 0;
-    c->promised_rows = c->num_resident = c->num_stored = 0;
+    c->promised_rows = c->num_resident = c->num_stored = c->num_transit = 0;
     for (uint32_t i = 0; i < c->num_chunks; i++) {
         shml_chunk_t *chunk = &shml_chunks(c)[i];
         chunk->num_final = chunk->num_stored = 0;

@@ -10,12 +10,17 @@
  * What comes first: in transit the free space at the top, growing up to the region's end, since old records there may
  * be read again; then evicting. In raw evicting, since a chunk is consumed once; then growing.
  *
+ * Where only so many samples may be in transit (most_transit) and they are there, a lap before that takes the first one
+ * out that may go (thin), and the search for room begins where it lay. So what is small leaves no more behind than what is
+ * large, and the memory that is there is used again before more is asked for.
+ *
  * A critical section looks at SEARCH_STEP blocks or little more; a longer search goes on in the next one, at a block
  * that it finds again by index and generation.
  *
  * A kill ...                                leaves ...                                   repaired by
  *   while evicting                          some of the run's blocks FREE, `dirty`       rebuild
  *   after evicting, before RESERVED         a gap, `dirty`                               rebuild
+ *   after a sample was taken out            one fewer than there may be                  nothing to repair
  *   while inserting, after RESERVED         RESERVED, not in the list                    rebuild, then reap: a HOLE
  *   in shml_region_clear, _spare            some of the blocks FREE, `dirty`             rebuild
  */
@@ -136,6 +141,21 @@ static int walk(shml_seg_t *seg, shml_region_t *r, uint64_t num_bytes, uint64_t 
     }
 }
 
+/* In two laps: raw evicts before it grows; where a sample was taken out of transit for this one, more of what an order
+ * needs goes only if all that is free and all that nobody needs does not do. */
+static int walk_twice(shml_seg_t *seg, uint32_t region, uint64_t num_bytes, int urgent, shml_search_t *search,
+                      shml_spot_t *spot)
+{
+    shml_region_t *r = &seg->control->regions[region];
+    int status = SHML_E_FULL, is_raw = region == SHML_RAW_REGION;
+    for (; search->num_laps < 2 && status == SHML_E_FULL; search->num_laps += status == SHML_E_FULL) {
+        uint64_t limit = is_raw && search->num_laps == 0 ? r->backed_end : shml_limit(r);
+        status = walk(seg, r, num_bytes, limit, urgent && (is_raw || search->num_laps > 0), search, spot);
+        search->is_begun = status == SHML_SEARCH_ON;
+    }
+    return status;
+}
+
 int shml_region_search(shml_seg_t *seg, uint32_t region, uint64_t num_bytes, int urgent, shml_search_t *search,
                        shml_spot_t *spot)
 {
@@ -143,18 +163,16 @@ int shml_region_search(shml_seg_t *seg, uint32_t region, uint64_t num_bytes, int
     shml_region_t *r = &c->regions[region];
     uint64_t limit = shml_limit(r), grown = region == SHML_TRANSIT ? limit : r->begin + c->raw_budget_bytes;
     int status = SHML_E_FULL, has_desc = search->has_own || shml_has_desc(c);
+    int is_thinned = region == SHML_TRANSIT && search->is_thinned; /* what was taken out has left room */
     grown = grown < limit ? grown : limit;
     /* Without a descriptor something must give way: HOLEs, if many were left. */
-    if (has_desc && r->head <= grown && num_bytes <= grown - r->head) {
+    if (has_desc && !is_thinned && r->head <= grown && num_bytes <= grown - r->head) {
         *spot = (shml_spot_t){.offset = r->head, .before = r->last};
         status = SHML_OK;
-    } else if (region == SHML_TRANSIT) {
+    } else if (region == SHML_TRANSIT && !is_thinned) {
         status = walk(seg, r, num_bytes, limit, urgent, search, spot);
     } else {
-        for (; search->num_laps < 2 && status == SHML_E_FULL; search->num_laps += status == SHML_E_FULL) {
-            status = walk(seg, r, num_bytes, search->num_laps == 0 ? r->backed_end : limit, urgent, search, spot);
-            search->is_begun = status == SHML_SEARCH_ON;
-        }
+        status = walk_twice(seg, region, num_bytes, urgent, search, spot);
     }
     spot->region = region;
     if (status == SHML_OK && spot->before > c->num_descs)
@@ -211,6 +229,59 @@ int shml_region_evict(shml_seg_t *seg, const shml_spot_t *spot, uint64_t num_byt
             return status;
     }
     return SHML_OK;
+}
+
+/* Take the sample behind block `before` (index + 1) out of transit; the next search begins where it lay. */
+static int take_out(shml_seg_t *seg, uint32_t at, uint32_t before)
+{
+    shml_control_t *c = seg->control;
+    const shml_desc_t *desc = &shml_descs(c)[at - 1];
+    shml_spot_t spot = {.offset = desc->offset, .region = SHML_TRANSIT, .before = before};
+    uint32_t was = shml_begin_change(c);
+    SHML_FP("region.thin.dirty");
+    int status = shml_region_evict(seg, &spot, desc->num_bytes);
+    if (status != SHML_OK)
+        return status;
+    c->regions[SHML_TRANSIT].cursor = before;
+    SHML_FP("region.thin.out");
+    shml_end_change(c, was);
+    return SHML_OK;
+}
+
+int shml_region_thin(shml_seg_t *seg, int urgent, shml_search_t *search)
+{
+    shml_control_t *c = seg->control;
+    shml_region_t *r = &c->regions[SHML_TRANSIT];
+    const shml_desc_t *descs = shml_descs(c);
+    int is_full = shml_is_transit_full(c);
+    if (search->is_thinning != is_full) /* another client had what was taken out for this one, or took one out itself */
+        search->is_begun = 0;
+    search->is_thinning = is_full;
+    if (!is_full)
+        return SHML_OK;
+    if (!search->is_begun && begin_lap(seg, r, search) != SHML_OK)
+        return SHML_E_POISONED;
+    if (search->before != 0 && !is_still_there(c, r, search))
+        search->before = 0;
+    uint32_t before = search->before;
+    for (int64_t stop = search->left - SEARCH_STEP; search->left > 0;) {
+        uint32_t at = before != 0 ? descs[before - 1].after : r->first;
+        if (at > c->num_descs)
+            return SHML_POISON(seg);
+        search->left--;
+        if (at != 0 && descs[at - 1].state != SHML_DESC_HOLE && shml_is_sample(descs[at - 1].id) &&
+            shml_is_evictable(c, at - 1, urgent)) {
+            search->is_begun = search->is_thinning = search->num_laps = 0;
+            search->is_thinned = 1;
+            return take_out(seg, at, before);
+        }
+        before = at;
+        if (at != 0 && search->left <= stop) {
+            stop_at(c, search, at);
+            return SHML_SEARCH_ON;
+        }
+    }
+    return SHML_E_FULL;
 }
 
 /* Evict up to `max` blocks of transit, from the cursor on, behind which the oldest are. */

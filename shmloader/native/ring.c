@@ -9,7 +9,7 @@
  *   in reserve into a HOLE, the claim dropped  the HOLE; the row as if it were     rebuild
  *                                              nowhere, its deaths forgotten
  *   in reserve, before `state`                 CLAIMED or a FREE descriptor,       rebuild, reap
- *                                              what was evicted gone, `dirty`
+ *                                              what was evicted gone, perhaps `dirty`
  *   in reserve, after `state`                  RESERVED, perhaps in no list        rebuild, then reap: a HOLE
  *   while clearing STAYS                       the chunk STAYS or does not         the next row that finds no room
  *   while writing the bytes                    RESERVED                            reap: a HOLE; decoded again
@@ -145,6 +145,9 @@ static int find_spot(shml_seg_t *seg, uint64_t id, uint64_t num_bytes, int urgen
     const shml_region_t *r = is_raw ? raw : transit;
     if (why_full(r, num_bytes) != SHML_E_FULL)
         return why_full(r, num_bytes);
+    int status = !is_raw && shml_is_sample(id) ? shml_region_thin(seg, urgent, search) : SHML_OK;
+    if (status != SHML_OK)
+        return status;
     return shml_region_search(seg, is_raw ? SHML_RAW_REGION : SHML_TRANSIT, num_bytes, urgent, search, spot);
 }
 

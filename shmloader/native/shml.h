@@ -93,6 +93,7 @@ typedef struct shml_seg {
     uint16_t *pin_counts;
     pthread_mutex_t *pin_lock; /* of this process alone; taken after the segment's mutex where both are */
     uint64_t pinned_bytes;     /* of records with a count, each once; under pin_lock */
+    uint64_t num_pinned;       /* records with a count; the same */
     /* This process's client slot, -1: not registered. Changed under the mutex only, since other threads may be in a
      * call when one unregisters: they get SHML_E_LEFT. */
     _Atomic int32_t self;
@@ -113,6 +114,7 @@ typedef struct shml_config {
     uint64_t record_bytes;  /* of every sample, about; 0: not known. For what is promised before the first is there */
     uint64_t spill_bytes;   /* of the file for encoded chunks on disk; a multiple of 4096, 0: there is none */
     uint64_t most_resident; /* so many samples stay, and no more; 0: as many as find room. Needs a transit region. */
+    uint64_t most_transit;  /* so many samples are in transit at once, and no more; 0: as many as find room */
     /* Not 0: an open set (open.c), of streams whose end is not known; each order's is cut into chunks of so many rows.
      * num_chunks is then SHML_MAX_ORDERS times the chunks that an order has places for, at least 2; num_records is how
      * many samples may be there at once; and resident_bytes is 0, transit_bytes is not. */
@@ -230,10 +232,11 @@ int shml_claim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n, uint8_t *g
 int shml_unclaim_rows(shml_seg_t *seg, const uint64_t *ids, uint32_t n); /* those that still are CLAIMED by us */
 
 /* Make room for record `id` (a row that this client has claimed, or an id that is nowhere or SUSPECT). Rows of chunks
- * that STAY go to the resident region while it has room and fewer than most_resident samples, all others to transit (if there is none, to resident);
- * SHML_RAW ids to the raw region; SHML_CHUNK_ERROR ids to resident, or transit.
+ * that STAY go to the resident region while it has room and fewer than most_resident samples, all others to transit (if
+ * there is none, to resident); SHML_RAW ids to the raw region; SHML_CHUNK_ERROR ids to resident, or transit.
  * In transit and raw room that was never used comes first, in raw within its budget; then the first run of bytes that is
- * free or held by evictable blocks, which are evicted.
+ * free or held by evictable blocks, which are evicted. Where most_transit samples are in transit, the first of them that
+ * is evictable goes before, whatever room there is.
  * Not evictable: RESERVED; pinned; wanted by a client whose posted look-up is not complete (want stamp); stamped by a
  * living order that is not past it, unless `urgent`; raw of a chunk that STAYs and is not DONE.
  * Errors: EXISTS (ready, or reserved or claimed by another), FULL (nothing can be evicted now: wait on
@@ -284,6 +287,8 @@ int shml_unpin(shml_seg_t *seg, const shml_ref_t *refs, uint32_t n);
 int shml_pin_again(shml_seg_t *seg, const shml_ref_t *ref);
 /* Bytes of transit that this client may have pinned: half of it, shared by the living owners and workers. */
 uint64_t shml_pin_quota(const shml_seg_t *seg);
+/* And samples: the same of most_transit; UINT64_MAX where any number may be there. */
+uint64_t shml_pin_quota_samples(const shml_seg_t *seg);
 
 uint32_t shml_wake_word(const shml_seg_t *seg);
 /* Sleep until a commit met the last of this client's wants, a chunk that it waits for broke, its stamps are in the way
@@ -458,6 +463,7 @@ typedef struct shml_stats {
     shml_region_stats_t resident, transit, raw;
     uint64_t num_records;                      /* the rows of the source */
     uint64_t num_resident, most_resident;      /* samples that stay, those being written included; 0: any number may */
+    uint64_t num_transit, most_transit;        /* the same of those that give way to others */
     uint64_t num_ready, num_errors, num_aside; /* samples there are (resident and transit); that cannot be made */
     uint64_t num_reserved, num_claimed, num_suspect;
     uint64_t num_commits;     /* of samples, ever: decodes */

@@ -26,6 +26,8 @@ int shml_get_stats(shml_seg_t *seg, shml_stats_t *stats)
         .num_records = c->num_records,
         .num_resident = c->num_resident,
         .most_resident = c->most_resident,
+        .num_transit = c->num_transit,
+        .most_transit = c->most_transit,
         .num_ready = c->num_ready,
         .num_errors = c->num_errors,
         .num_aside = c->num_aside,

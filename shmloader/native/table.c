@@ -127,8 +127,8 @@ void shml_desc_count(shml_control_t *c, const shml_desc_t *desc, int sign)
         shml_clients(c)[desc->owner].num_working += n;
     if (!is_sample)
         return;
-    if (shml_has_block(state) && state != SHML_DESC_HOLE && shml_is_resident(c, desc->offset))
-        c->num_resident += (uint64_t)(int64_t)sign;
+    if (shml_has_block(state) && state != SHML_DESC_HOLE)
+        *(shml_is_resident(c, desc->offset) ? &c->num_resident : &c->num_transit) += (uint64_t)(int64_t)sign;
     switch (state) {
     case SHML_DESC_RESERVED: c->num_reserved += n; break;
     case SHML_DESC_READY: c->num_ready += n; break;

@@ -48,24 +48,35 @@ class SetPlan:
         The number is that in the whole split, also of a slice; in an open set the row's position, which its id ends in.
         Where that may not be the index in the dataset, this is told as well.
         """
-        found, number = self._found(row)
-        told = {"source": self.name(row), "shard": _shard(found, number), "row": number}
+        told = {"source": self.name(row), "shard": self.shard(row), "row": self.number(row)}
         return told | {"index": row} if self.source.parts else told
+
+    def number(self, row: int) -> int:
+        """The number of ``row`` in its split: in an open set that is its position, which the row's id ends in."""
+        return self._found(row)[1]
+
+    def shard(self, row: int) -> str | None:
+        """The shard that ``row`` lies in, or its file; None: there are none."""
+        return _shard(*self._found(row))
 
     def name(self, row: int) -> str:
         """The name of the source that ``row`` is of."""
-        return self.source.sources[self._source(row)].name
+        return self._of(row).name
 
     def class_names(self, row: int) -> tuple[str, ...]:
         """Of the source that ``row`` is of, those of the classes that its labels number; none if nobody told."""
-        return self.source.sources[self._source(row)].columns.class_names or ()
+        return self._of(row).columns.class_names or ()
 
     def span(self, row: int) -> tuple[int, int]:
-        """The first row of the source that ``row`` is of, and the end of that source. Not of an open one."""
-        sizes = [source.num_rows or 0 for source in self.source.sources]
-        at = self._source(row)
-        first = sum(sizes[:at])
-        return first, min(first + sizes[at], self.source.num_rows or 0)  # of the first rows alone: fewer
+        """The first row of the source that ``row`` is of, and the end of that source."""
+        first, source = 0, self.source
+        if source.is_mixed:
+            for part in source.sources:
+                end = min(first + (part.num_rows or 0), source.num_rows or 0)
+                if row < end:
+                    return first, end
+                first = end
+        return 0, source.num_rows or 0
 
     def chunk_rows(self, row: int) -> tuple[int, int]:
         """The first row of the chunk that ``row`` is in, and the one behind its last. Not of an open source."""
@@ -81,9 +92,9 @@ class SetPlan:
     def _found(self, row: int) -> tuple[SourcePlan, int]:
         return (self.source, row & LAST_POSITION) if self.source.is_open else self.source.origin(row)
 
-    def _source(self, row: int) -> int:
+    def _of(self, row: int) -> SourcePlan:
         source = self.source
-        return source.source_of(source.chunk_at(row)) if source.is_mixed else 0
+        return source.sources[source.source_of(source.chunk_at(row))] if source.is_mixed else source
 
 
 def _shard(source: SourcePlan, row: int) -> str | None:

@@ -80,8 +80,8 @@ class DecodeSchedule:
         self._blocked_word: int | None = None
         self._checked_word: int | None = None
         self._wait_s = 0.0
-        transit_bytes = segment.stats()["transit_bytes"]
-        self._transit_bytes = transit_bytes
+        stats = segment.stats()
+        self._transit_bytes, self._most_transit = stats["transit_bytes"], stats["most_transit"]
 
     # -- for the decoder -----------------------------------------------------------------------------------
 
@@ -189,6 +189,8 @@ class DecodeSchedule:
         if self._record_bytes is None:
             return least
         num_ahead = self._transit_bytes // (2 * num_living) // self._record_bytes
+        if self._most_transit:
+            num_ahead = min(num_ahead, self._most_transit // (2 * num_living))
         if self._most_ahead is not None:
             num_ahead = min(num_ahead, self._most_ahead // num_living)
         return max(least, num_ahead)

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 _BOOT = str(Path(__file__).with_name("boot.py"))
-# What a service must not do: load torch, use more threads than its share, draw progress bars.
-_ENVIRONMENT = {
+#: What a service must not do: load torch, use more threads than its share, draw progress bars.
+ENVIRONMENT = {
     "USE_TORCH": "0",
     "USE_TF": "0",
     "OMP_NUM_THREADS": "1",
@@ -42,7 +42,7 @@ def spawn(role: str, fds: dict[str, int]) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=2 if has_stderr else subprocess.DEVNULL,
             stderr=None if has_stderr else subprocess.DEVNULL,
-            env={**os.environ, **_ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT},
             start_new_session=True,
         )
     finally:

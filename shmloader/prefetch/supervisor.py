@@ -22,6 +22,7 @@ from shmloader.deaths import Death, Deaths, OomKills, how_it_ended
 from shmloader.errors import ServiceError, to_wire
 from shmloader.files import CREATOR_BYTE, SUPERVISOR_BYTE, RingFiles, format_set
 from shmloader.options import size_text
+from shmloader.prefetch.futility import Futility
 from shmloader.prefetch.plan_file import Layout, read_parts
 from shmloader.prefetch.spawn import spawn
 from shmloader.ring import Ring
@@ -32,8 +33,6 @@ log = logging.getLogger("shmloader.supervisor")
 
 #: How often it looks for owners that died. Services are to be gone within 2 s of the last.
 TICK_S = 0.25
-#: A set of which prefetchers die at so many times in a row, with nothing done in between, is given up (guessed).
-MAX_IDLE_DEATHS = 8
 
 
 class Prefetcher:
@@ -81,8 +80,7 @@ class Supervisor:
         self.deaths, self.oom_kills = Deaths(self.files.deaths_fd), OomKills()
         self.num_prefetchers: int = head["num_prefetchers"]
         self.prefetchers: list[Prefetcher] = []
-        self.idle_deaths = 0
-        self.done_at_death = -1
+        self.futility = Futility()
 
     def run(self) -> None:
         """Plan if nobody has, then supervise until no owner is left."""
@@ -225,24 +223,8 @@ class Supervisor:
             log.warning("prefetcher: %s, with work to do%s", death, _over(death))
         if (num := ring.segment.stats()["num_aside"] - num_aside) > 0:
             log.error("%d rows that ended each process that decoded them are set aside: who reads one is told", num)
-        self._count_deaths(ring, told[-1])
-
-    def _count_deaths(self, ring: Ring, last: Death) -> None:
-        """Give the set up if prefetchers do nothing but die. Those that die together, of one cause, count once."""
-        stats = ring.segment.stats()
-        done = stats["num_commits"] + stats["chunks_done"]
-        self.idle_deaths = 0 if done != self.done_at_death else self.idle_deaths + 1
-        self.done_at_death = done
-        if self.idle_deaths >= MAX_IDLE_DEATHS:
-            Writer(ring).put_fatal(
-                ServiceError(
-                    f"Prefetch processes end at once, {self.idle_deaths} times in a row: the last one, {last}. What "
-                    "they logged, or wrote to stderr, may say why.",
-                    role="prefetcher",
-                    pid=last.pid,
-                    status=last.status,
-                )
-            )
+        if (error := self.futility.count(ring.segment.stats(), told)) is not None:
+            Writer(ring).put_fatal(error)
 
     def _start_missing(self, ring: Ring) -> None:
         while len(self.prefetchers) < self.num_prefetchers and self._has_work(ring):

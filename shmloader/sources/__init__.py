@@ -55,7 +55,7 @@ def make_plan(*requests: SourceRequest) -> SourcePlan:
     """
     plans = [_plan_one(request) for request in requests]
     if len(plans) == 1:
-        (plan,) = plans
+        plan = plans[0].named(plans[0].name)
     else:
         from shmloader.sources.several import mixed
 

@@ -151,6 +151,29 @@ class SourcePlan:
         return self.num_rows is None
 
     @property
+    def source_rows(self) -> tuple[int | None, ...]:
+        """How many rows of each of `sources` there are in the plan."""
+        if not self.is_mixed:
+            return (self.num_rows,)
+        rows = [0] * len(self.parts)
+        for chunk in self.chunks:
+            rows[chunk.piece[0]] += chunk.num_rows
+        return tuple(rows)
+
+    def named(self, name: str) -> SourcePlan:
+        """The same under another name, which its splits have as well."""
+        if self.name == name and all(part.name == name for part in self.parts):
+            return self
+        return replace(self, name=name, parts=tuple(part.named(name) for part in self.parts))
+
+    def resolve(self, request: SourceRequest) -> SourceRequest:
+        """``request`` as what reads the plan's chunks goes by it: with what was found out, and its own token."""
+        found = dict(self.resolved)
+        if "load" in found:
+            found["load"] = {**request.load, **found["load"]}
+        return replace(request, **found)
+
+    @property
     def is_sequential(self) -> bool:
         """Chunks can only be read one after the other."""
         return self.mode == "sequential"
@@ -239,13 +262,6 @@ class SourcePlan:
             listing=None if at is None else listings[at],
             **rest,
         )
-
-    def resolve(self, request: SourceRequest) -> SourceRequest:
-        """``request`` as what reads the plan's chunks goes by it: with what was found out, and its own token."""
-        found = dict(self.resolved)
-        if "load" in found:
-            found["load"] = {**request.load, **found["load"]}
-        return replace(request, **found)
 
     def first(self, num_rows: int | None) -> SourcePlan:
         """The plan of the first ``num_rows`` rows alone; of all if there are no more, or if None."""

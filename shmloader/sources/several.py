@@ -161,14 +161,8 @@ def _told_apart(plans: Sequence[SourcePlan]) -> list[SourcePlan]:
         if name in taken:
             name = next(new for n in count(2) if (new := f"{plan.name} ({n})") not in taken and new not in names)
         taken.add(name)
-        found.append(_named(plan, name))
+        found.append(plan.named(name))
     return found
-
-
-def _named(plan: SourcePlan, name: str) -> SourcePlan:
-    if plan.name == name:
-        return plan
-    return replace(plan, name=name, parts=tuple(_named(part, name) for part in plan.parts))
 
 
 def _each_once(texts: Iterator[tuple[str, ...]]) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from shmloader.sources.several import Piece, joined
 ALL = "all"
 #: In the name of no split.
 _SIGNS = re.compile(r"[\[\]+()]")
+_FRONT = re.compile(r"(?P<name>[^\[\]+()]+)\[(?P<first>[\d_]+)?:(?P<stop>[\d_]+)?\](\([^)]*\))?")
 
 
 def is_expression(request: SourceRequest) -> bool:
@@ -39,7 +40,9 @@ def plan_expression(request: SourceRequest, plan_split: Callable[[SourceRequest]
     plans = {name: _planned(request, name, plan_split) for name in names}
     for name, plan in plans.items():
         if plan.is_open:
-            raise _no_length(request, name)
+            if front_of(request.split) is None:
+                raise _no_length(request, name)
+            return replace(plan, split=request.split, resolved={**plan.resolved, "split": request.split})
     try:
         absolute = instructions.to_absolute({name: plan.num_rows for name, plan in plans.items()})
     except ValueError as error:  # a rounding that leaves nothing of so few rows
@@ -51,6 +54,19 @@ def plan_expression(request: SourceRequest, plan_split: Callable[[SourceRequest]
     for piece in pieces[1:]:
         _check_alike(request, first, piece.plan)
     return joined(pieces, replace(first, split=request.split, resolved={}))
+
+
+def front_of(split: str) -> tuple[str, int, int | None] | None:
+    """(name, first, stop) of a slice that counts rows from the front only, so that no length is needed; else None.
+
+    A name alone is all of it: (name, 0, None).
+    """
+    if _SIGNS.search(split) is None:
+        return split, 0, None
+    found = _FRONT.fullmatch(split)
+    if found is None:
+        return None
+    return found["name"], int(found["first"] or 0), None if found["stop"] is None else int(found["stop"])
 
 
 def plan_all(request: SourceRequest, plan_split: Callable[[SourceRequest], SourcePlan]) -> SourcePlan:
@@ -94,7 +110,8 @@ def _no_length(request: SourceRequest, name: str) -> SourceError:
     return SourceError(
         f"split={request.split!r}: nobody knows how many rows the split {name!r} of {source_name(request)!r} has, so "
         "no part of it can be taken. Have it counted, by use_streaming=False (it is downloaded) or by "
-        "ShmMultimodalDataset; of an IterableDataset take the part with its skip() and take().",
+        "ShmMultimodalDataset. Without a length there can be one slice that counts rows from the front: "
+        f"'{name}[100:]', '{name}[:1000]'.",
         dataset=source_name(request),
     )
 

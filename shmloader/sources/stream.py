@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from shmloader.sources.resolve import (
     without_secrets,
 )
 from shmloader.sources.rows import BATCH_ROWS, conform, one_batch, plain_schema, stream_bytes
+from shmloader.sources.splits import front_of
 from shmloader.sources.stream_features import check_formats, features_of
 from shmloader.sources.stream_rows import StreamTables, count_rows
 from shmloader.sources.webdataset import archives_of, count_samples, is_webdataset
@@ -201,14 +203,19 @@ def plain_rows(table: pa.Table, schema: pa.Schema, features: Any, files: MediaFi
 
 
 def _open_stream(request: SourceRequest, builder: Any | None) -> Any:
-    """The ``IterableDataset`` of the requested split; a bare one is taken as it is."""
+    """The ``IterableDataset`` of the requested split, or its slice; a bare one is taken whatever the split's name."""
     quiet_datasets()
+    whole = isinstance(request.dataset, Mapping) and request.split in request.dataset
+    name, first, stop = (None if whole else front_of(request.split)) or (request.split, 0, None)
     if builder is not None:
-        return in_order(builder.as_streaming_dataset(split=request.split))
-    if isinstance(request.dataset, Mapping):
-        check_split(request, [str(split) for split in request.dataset])
-        return request.dataset[request.split]
-    return request.dataset
+        stream = in_order(builder.as_streaming_dataset(split=name))
+    elif isinstance(request.dataset, Mapping):
+        check_split(replace(request, split=name), [str(split) for split in request.dataset])
+        stream = request.dataset[name]
+    else:
+        stream = request.dataset
+    stream = stream if not first else stream.skip(first)
+    return stream if stop is None else stream.take(max(stop - first, 0))
 
 
 def reading_step(stream: Any) -> Any:

@@ -424,3 +424,27 @@ def test_what_is_at_hand_is_in_the_ring_or_fetched(pictures):
         dataset[list(range(ROWS))]
         found = dataset._reader.attach().are_at_hand(range(ROWS))
         assert [row for row, is_there in enumerate(found) if not is_there] == list(BAD)
+
+
+# ---- several sources --------------------------------------------------------------------------------------------
+
+
+def test_a_neighbour_is_of_the_same_source(pictures, tmp_path):
+    others = write_pictures(tmp_path / "d", 8, bad=[0, 7])
+    arguments = {"config": PICTURES, "on_error": "skip", "max_bad": 0.1, "options": options()}
+    with opened([pictures, others], **arguments) as dataset:
+        batch = dataset[[94, 95, 96, 97, 103]]
+        assert batch["labels"].tolist() == [94, 0, 1, 1, 1]
+        assert batch["source"] == [pictures] * 2 + [others] * 3
+        dataset[list(range(len(dataset)))]
+        found = [(entry["source"], entry["row"]) for entry in dataset.quarantine]
+        assert found == [*((pictures, row) for row in BAD), (others, 0), (others, 7)]
+
+
+def test_of_several_sources_a_made_up_sample_says_which_it_stands_in_for(pictures, tmp_path):
+    others = write_pictures(tmp_path / "d", 8, bad=[0, 7])
+    arguments = {"config": PICTURES, "on_error": "synthetic", "max_bad": 0.1, "options": options()}
+    with opened([pictures, others], **arguments) as dataset:
+        batch = dataset[[94, 95, 96, 97]]
+        assert batch["source"] == [pictures, f"{pictures} (synthetic)", f"{others} (synthetic)", others]
+        assert (batch["image"].dtype, batch["image"].shape) == (torch.float32, (4, 3, 32, 32))

@@ -17,7 +17,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test native-test lint lint-python lint-c format formats wheel bench clean
+.PHONY: help venv demo test native-test lint lint-python lint-c format catalog formats wheel bench clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -72,6 +72,9 @@ lint-c: venv
 format: venv ## reformat Python (ruff) and C (clang-format)
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i $(C_FILES) $(C_HEADERS) $(wildcard native_tests/*.[ch])
+
+catalog: venv ## the datasets in docs/datasets.md, as the catalog has them
+	@$(BIN)/python tests/catalog_document.py
 
 formats: venv ## the table in docs/formats.md: what is read of each format, and how
 	@$(BIN)/python tests/formats_matrix.py

@@ -38,14 +38,19 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             None: the text's UTF-8 bytes.
         split: name of the split, or splits and parts of them, as ``datasets`` writes it: "train[:95%]",
             "train[10:20]+validation", "all".
-        dataset_name: a Hub id, a local folder or file, or an already loaded ``datasets`` object; or several, in a list:
-            then it has all samples of the first, then all of the second, …
+        dataset_name: a short name (``shmloader datasets`` lists them, docs/datasets.md says what their samples are), a
+            Hub id, a local folder or file, an already loaded ``datasets`` object, or a list of these (all samples of
+            the first, then all of the second, …); "all": the nine built-in short names; "auto": the one that
+            ``task_type`` says.
+        task_type: "code" or "code-generation", "vision", "audio", "text", "financial" or "stock": which dataset
+            "auto" is; None: instructions to text (open_platypus). Beside a named dataset it chooses nothing.
         transform: called in the reading process on every read with a dict of private copies; returns a dict. Its
             random numbers (``random``, numpy's and torch's global generators) are seeded by (seed, epoch, sample).
         process: called in a prefetch process when a row is decoded (once, where all samples fit the ring), in
             place of the built-in decoding: takes the row as a dict (images and audio as ``{"bytes", "path"}``: see
             `decode_image`, `decode_audio`), returns a dict of arrays, tensors, numbers or strings; cached.
-        columns: which columns to use, as {"text" | "image" | "audio" | "labels": column}; None: recognise them. A
+        columns: which columns to use, as {"text" | "target" | "image" | "audio" | "labels": column}; None: recognise
+            them. "target" is the answer to text: ``text`` is both then, and ``labels`` are -100 up to the answer. A
             column inside another one is named by its path ("answers.text"); of text there may be several, in a list,
             which are joined by a line's end.
         use_streaming: a Hub's data is read from where it lies, and never all of it at once. False: it is downloaded
@@ -60,6 +65,7 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
             and nothing else. A dict: {name: new name, or None to drop it}, masks included; the others keep theirs.
             Only this drops what a row may lack: where ``transform`` leaves it out, batches have zeros and the mask.
         load: passed on to ``datasets`` (name, revision, token, data_files, …).
+        train_on_prompt: where there is a target, ``labels`` are the tokens of the prompt as well.
         fallback: what may stand in for a dataset that cannot be read as it was asked for. "synthetic": what cannot be
             streamed is downloaded, and in the place of a dataset of the catalog whose Hub cannot be reached, and that
             no cache has, are 1,000 made-up rows with its columns; a warning says so, and each sample's ``source``.

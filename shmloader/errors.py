@@ -10,6 +10,7 @@ Tree::
     ├── OptionError            a setting, an argument or an environment variable has a bad value
     ├── SourceError            where the rows come from
     │   ├── DatasetNotFoundError, SplitNotFoundError, EmptyDatasetError, ColumnError
+    │   ├── AccessError        the Hub does not give it to this user
     │   └── ReadError          a shard cannot be read
     ├── SampleError            one row: source, shard, row, field
     │   ├── DecodeError        its bytes are not what they should be
@@ -68,11 +69,21 @@ class OptionError(ShmloaderError, ValueError):
 
 
 class SourceError(ShmloaderError):
-    """Rows cannot be had from a source. Attributes: dataset, and those of the subclass."""
+    """Rows cannot be had from a source.
+
+    Attributes: dataset, and those of the subclass; endpoint: of the Hub, where that is because it was not reached.
+    """
 
 
 class DatasetNotFoundError(SourceError):
     """There is no such dataset. Attributes: dataset."""
+
+
+class AccessError(SourceError):
+    """The Hub does not give a dataset to this user: it is gated, or the token is wrong.
+
+    Attributes: dataset, page (where to ask for it), status.
+    """
 
 
 class SplitNotFoundError(SourceError, ValueError):

@@ -36,9 +36,9 @@ class ShmMultimodalIterableDataset(SharedDataset, IterableDataset[dict[str, Any]
     DataLoader workers, or processes, for that.
 
     Args:
-        config, tokenizer, split, dataset_name, transform, process, columns, keys, load, options, writable, seed:
-            as of `ShmMultimodalDataset`. A ``transform`` is seeded by (seed, epoch, position); the epoch is what
-            `set_epoch` said before the iteration began, else 0.
+        config, tokenizer, split, dataset_name, task_type, transform, process, columns, keys, load, train_on_prompt,
+            options, writable, seed: as of `ShmMultimodalDataset`. A ``transform`` is seeded by (seed, epoch, position);
+            the epoch is what `set_epoch` said before the iteration began, else 0.
         fallback, on_error, max_bad: as of `ShmMultimodalDataset`. A stream without a length may end behind a bad row:
             so "skip" leaves the row out there, and there is one sample less; a made-up one is like the next good one,
             and left out if there is none; and ``max_bad`` is a share of the rows that each reader has come to, 1,000 at

@@ -26,6 +26,7 @@ from shmloader.deaths import Deaths, killed_by_chunk, killed_by_row
 from shmloader.errors import ClosedError, RingError, ServiceError, ShmloaderError, WaitTimeoutError, from_wire
 from shmloader.files import RingFiles, boot_id, pid_namespace
 from shmloader.guest import REF, GuestBatch, copy_error
+from shmloader.outages import Outages
 
 log = logging.getLogger("shmloader")
 
@@ -159,7 +160,7 @@ class Ring:
 
         Raises:
             SampleError, DecodeError, ProcessError: a sample cannot be had; as its prefetcher told it.
-            SourceError, RingError, ServiceError: its chunk cannot be read.
+            SourceError, RingError, ServiceError: its chunk cannot be read, or not now (`Outages`).
             WaitTimeoutError: nothing at all moved for ``timeout_s``.
             ServiceError: this is a worker, and its training process is gone.
         """
@@ -323,6 +324,11 @@ class Ring:
         text = self.segment.text_get(native.TEXT_FATAL)
         return None if text is None else from_wire(json.loads(text))
 
+    def _outage(self, refs: Refs, since_s: float) -> ShmloaderError | None:
+        """Why a chunk of what is missing could not be fetched since then, though it will be tried again."""
+        chunks = {chunk for status, chunk in refs.statuses() if status == native.MISSING}
+        return Outages(self.files.deaths_fd).of(chunks, since_s) if chunks else None
+
     def _timed_out(self, refs: Refs, waited_s: float, describe: Callable[[int], str]) -> WaitTimeoutError:
         missing = [row for row, (status, _) in zip(refs.ids, refs.statuses(), strict=True) if status == native.MISSING]
         missing = missing or list(refs.ids)  # of a guest: what gives way again and again
@@ -344,11 +350,12 @@ class _Patience:
     ) -> None:
         self._ring, self._timeout_s, self._on_tick, self._describe = ring, timeout_s, on_tick, describe
         self._progress, self._since = -1, time.monotonic()
+        self._began = self._since
 
     def check(self, refs: Refs) -> None:
         """Return if it should; ``refs``: as the last look found them. Raises as `Ring.get_many`."""
         ring, now = self._ring, time.monotonic()
-        error = ring._fatal()
+        error = ring._fatal() or ring._outage(refs, self._began)
         if error is not None:
             raise error
         if (moved := ring.segment.progress()) != self._progress:

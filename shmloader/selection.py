@@ -47,7 +47,7 @@ def select(dataset_name: Any, task_type: str | None, request: SourceRequest) -> 
         for _, entry in found:
             _check_fits(entry, task_type)
     names = [_shown(dataset) for dataset, _ in found]
-    _check_different(names, dataset_name)
+    _check_different([dataset for dataset, _ in found])
     loads = _shares("load", request.load, names, set())
     columns = _shares("columns", request.columns, names, set(ROLES))
     return tuple(
@@ -129,23 +129,12 @@ def _check_fits(entry: DatasetConfig | None, task_type: str | None) -> None:
         )
 
 
-def _check_different(names: Sequence[str], dataset_name: Any) -> None:
-    if not isinstance(dataset_name, list | tuple):
-        return
-    twice = (
-        [
-            name
-            for i, name in enumerate(names)
-            if name in names[:i] and isinstance(dataset_name[i], str | os.PathLike)  # of objects the name says little
-        ]
-        + [
-            names[i]
-            for i, one in enumerate(dataset_name)
-            if any(one is other for other in dataset_name[:i]) and not isinstance(one, str | os.PathLike)
-        ]
-    )
+def _check_different(datasets: Sequence[Any]) -> None:
+    """Raise if one of ``datasets`` comes twice: the same name, or the very same object."""
+    keys = [_shown(one) if isinstance(one, str | os.PathLike) else id(one) for one in datasets]
+    twice = [_shown(one) for i, one in enumerate(datasets) if keys[i] in keys[:i]]
     if twice:
-        raise _bad("dataset_name", dataset_name, f"without {twice[0]!r} twice; weights= makes one come more often")
+        raise _bad("dataset_name", list(map(_shown, datasets)), f"without {twice[0]!r} twice")
 
 
 def _shares(argument: str, value: Any, names: Sequence[str], common: set[str]) -> list[dict[str, Any] | None]:

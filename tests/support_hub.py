@@ -43,8 +43,8 @@ sys.stdout.flush()
 os._exit(0)  # as a prefetcher ends: pyarrow's threads can abort an interpreter's exit
 """
 
-#: Not to wait between the client's retries.
-IMPATIENT = "import time; time.sleep = lambda seconds: None"
+#: Not to wait for a Hub that is not there.
+IMPATIENT = 'asked.setdefault("source_timeout_s", 0.5)'
 
 
 @dataclass

@@ -32,7 +32,7 @@ RANKS = [
         "sizes",
     },
     {"sources", "processors", "_native"},
-    {"files", "spill_file", "log_pipe", "deaths", "quarantine"},
+    {"files", "spill_file", "log_pipe", "deaths", "quarantine", "outages"},
     {"guest"},
     {"ring"},
     {"writer"},

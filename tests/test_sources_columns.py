@@ -231,3 +231,41 @@ def test_media_that_no_sample_gets_are_told():
     assert len(choose_columns(Features(text=STRING, image=Image(), id=INT), dataset="d")[2]) == 1
     unused = choose_columns(Features(text=STRING, image=Image()), {"text": "text"}, dataset="d")[2][1]
     assert unused.endswith("'image' (Image)")
+
+
+CHOICE = {
+    "q": Value("string"),
+    "options": List(Value("string")),
+    "right": Value("int32"),
+    "deep": {"choices": List(Value("string")), "gold": Value("string")},
+    "score": Value("float32"),
+}
+
+
+def test_target_is_read_beside_its_text():
+    chosen, needed, notices = choose_columns(CHOICE, {"text": "q", "target": "options[right]"}, dataset="d")
+    assert (chosen.text, chosen.target) == ("q", "options[right]")
+    assert needed == ("q", "options", "right")
+    assert "target from column 'options[right]'" in notices[0]
+
+
+def test_choice_may_lie_inside_columns():
+    _, needed, _ = choose_columns(CHOICE, {"text": "q", "target": "deep.choices[deep.gold]"}, dataset="d")
+    assert needed == ("q", "deep")
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"target": "q", "image": "q"}, "cannot be used as image|no text that it is the answer to"),
+        ({"target": "q"}, "no text that it is the answer to"),
+        ({"text": "q", "target": "q", "labels": "right"}, "names target and labels"),
+        ({"text": "q", "target": "score"}, "cannot be used as target"),
+        ({"text": "q", "target": "options[score]"}, r"no column 'options\[score\]'.*list\[number\]"),
+        ({"text": "q", "target": "q[right]"}, r"no column 'q\[right\]'"),
+        ({"text": "q", "target": ["q", "q"]}, "target must be the name of a column"),
+    ],
+)
+def test_target_that_cannot_be_meant_is_an_error(columns, said):
+    with pytest.raises(ColumnError, match=said):
+        choose_columns(CHOICE, columns, dataset="d")

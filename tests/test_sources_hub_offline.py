@@ -6,6 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hub import Hub, serve
 from support_hub import IMPATIENT, ask, ask_offline, fill_cache, json_rows, write_json
@@ -50,6 +52,22 @@ def test_split_whose_files_the_cache_lacks_is_an_error_that_names_them(hub, tmp_
     assert found.error["type"] == "SourceError"
     assert found.error["data"]["missing"] == ["data/train-1.parquet"]
     assert "hf download org/texts --repo-type dataset" in found.message
+
+
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_split_is_read_though_the_card_names_files_of_others_that_the_cache_lacks(hub, tmp_path, ending):
+    folder = hub.root / "org" / "rows"
+    for split, first in (("train", 0), ("test", 100)):
+        write_json(folder / f"{split}.jsonl", first, 5)
+        pq.write_table(pa.Table.from_pylist(json_rows(first, 5)), folder / f"{split}.parquet")
+    splits = "".join(f"  - split: {split}\n    path: {split}.{ending}\n" for split in ("train", "test"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{splits}---\n")
+    fill_cache(hub, "org/rows", tmp_path, allow_patterns=["README.md", f"train.{ending}"])
+    found = ask_offline(hub, "org/rows", tmp_path)
+    assert found.rows == json_rows(0, 5)
+    lacking = ask_offline(hub, "org/rows", tmp_path, split="test")
+    assert lacking.error["data"]["missing"] == [f"test.{ending}"]
+    assert ask_offline(hub, "org/rows", tmp_path, split="other").error["data"]["available"] == ["train", "test"]
 
 
 def test_without_a_listing_a_gap_in_numbered_files_is_an_error(hub, tmp_path):

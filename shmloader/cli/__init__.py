@@ -10,9 +10,9 @@ import argparse
 from collections.abc import Sequence
 
 from shmloader import __version__
-from shmloader.cli import check, demo
+from shmloader.cli import check, datasets, demo
 
-_COMMANDS = {"demo": demo, "check": check}
+_COMMANDS = {"check": check, "datasets": datasets, "demo": demo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ fetched as well, if they are of use and there is room.
 from __future__ import annotations
 
 import enum
+import time
 from array import array
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -35,6 +36,8 @@ BLOCK = 256
 #: What is fetched to fill with and not decoded yet is at most so much, of all prefetchers together: it is in the way of
 #: what somebody waits for, but must keep the decoders busy (guessed). In any case one chunk.
 FILL_BYTES = 64 << 20
+#: A chunk whose server was not reached is left alone for so long (guessed).
+REST_S = 5.0
 
 
 class Why(enum.Enum):
@@ -83,6 +86,10 @@ class Schedule(Protocol):
         """The reader has read ``chunk``; whether it is news that it could not be read as a whole."""
         ...
 
+    def rest(self, chunk: int) -> bool:
+        """Leave ``chunk`` alone for a while; whether it can be fetched again then."""
+        ...
+
     def waited_for(self) -> set[int]:
         """The chunks of which somebody waits for rows."""
         ...
@@ -111,6 +118,7 @@ class FetchSchedule:
         self.wait_s = float("inf")
         """Seconds after which `next` may find something although the work word did not move."""
         self._full_at: int | None = None
+        self._resting: dict[int, float] = {}
 
     # -- for the fetcher -----------------------------------------------------------------------------------
 
@@ -141,6 +149,11 @@ class FetchSchedule:
         """The reader has read ``chunk``, as a whole or not; whether the latter is news, as it is of each chunk."""
         self._at = chunk + 1 if is_whole else None
         return not is_whole
+
+    def rest(self, chunk: int) -> bool:
+        """Leave ``chunk`` alone for `REST_S`; True: it can be fetched again then."""
+        self._resting[chunk] = time.monotonic() + REST_S
+        return True
 
     def waited_for(self) -> set[int]:
         """The chunks of which somebody waits for rows that nobody decodes yet, fetched or not."""
@@ -292,7 +305,13 @@ class FetchSchedule:
     def _look(self, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         ids = chunks.astype(np.uint32)
         parts = [self._segment.chunk_look(ids[at : at + 4096].data) for at in range(0, len(ids), 4096)]
-        return np.frombuffer(b"".join(parts), np.uint8)
+        states = np.frombuffer(b"".join(parts), np.uint8)
+        if not self._resting:
+            return states
+        now = time.monotonic()
+        self._resting = {chunk: until for chunk, until in self._resting.items() if until > now}
+        is_to_rest = np.isin(chunks, list(self._resting))
+        return np.where(is_to_rest & _is_to_do(states), native.CHUNK_BROKEN, states).astype(np.uint8)
 
 
 def _is_to_do(states: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

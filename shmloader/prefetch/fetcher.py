@@ -11,8 +11,9 @@ import pyarrow as pa
 
 import shmloader._native as native
 from shmloader.deaths import Deaths
-from shmloader.errors import RecordTooLargeError, RingError, ServiceError, ShmloaderError
+from shmloader.errors import RecordTooLargeError, RingError, ServiceError, ShmloaderError, SourceError
 from shmloader.options import size_text
+from shmloader.outages import Outages
 from shmloader.prefetch.fetch_schedule import Pick, Schedule, Why
 from shmloader.prefetch.held import Held
 from shmloader.prefetch.lookahead import Pace
@@ -31,6 +32,8 @@ IDLE_MS = 1000
 PACE_S = 0.01
 #: Sources of which a chunk is dear to read again: a Hub, and what is only read front to back.
 DEAR = ("streaming", "sequential", "remote files")
+#: After a server was not reached, before it is asked for another chunk (guessed: it costs the log and a core nothing).
+PAUSE_S = 0.25
 #: And so long while what is held is waited for, and nothing else can be (guessed: about a task).
 FULL_MS = 10
 
@@ -70,6 +73,8 @@ class Fetcher:
         self._segment, self._writer, self._store, self._schedule = segment, writer, store, schedule
         self._plan, self._reader = plan, reader
         self._deaths = Deaths(writer.ring.files.deaths_fd)
+        self._outages = Outages(writer.ring.files.deaths_fd)
+        self._is_out = False
         self._waiting: _Fetched | None = None
         self._held = Held(segment, most_held_bytes)
         source = plan.source
@@ -154,12 +159,19 @@ class Fetcher:
         except (RingError, MemoryError):
             raise
         except Exception as error:
-            if self._schedule.read(pick.chunk, False):
+            is_news = self._schedule.read(pick.chunk, False)
+            if _is_passing(error) and self._schedule.rest(pick.chunk):
+                self._give_up_for_now(pick, error)
+                return True
+            if is_news:
                 log.error("chunk %d: %s", pick.chunk, error, exc_info=not isinstance(error, ShmloaderError))
             self._give_up_for_ever(pick, error)
             return True
         self._deaths.note_chunk(slot, None)
         self._schedule.read(pick.chunk, True)
+        if self._is_out:
+            self._is_out = False
+            log.warning("chunk %d could be fetched: the server is back", pick.chunk)
         if pick.rows is not None and not batches:  # the stream had ended before it, or is not needed any more
             self._segment.chunk_end(pick.chunk, native.FETCH_GIVEN_UP)
             return True
@@ -235,6 +247,16 @@ class Fetcher:
     def _chunk_of(self, pick: Pick) -> Chunk:
         return self._plan.source.chunks[pick.chunk] if pick.rows is None else pick.rows
 
+    def _give_up_for_now(self, pick: Pick, error: Exception) -> None:
+        """Tell who waits for the chunk, and leave it as it was before: the server may be back later."""
+        log.log(logging.DEBUG if self._is_out else logging.WARNING, "chunk %d, for now: %s", pick.chunk, error)
+        self._is_out = True
+        slot = self._writer.ring.slot
+        self._deaths.note_chunk(slot, None)
+        self._outages.note(slot, pick.chunk, error)
+        self._segment.chunk_end(pick.chunk, native.FETCH_GIVEN_UP)
+        self._is_stopped.wait(PAUSE_S)
+
     def _give_up_for_ever(self, pick: Pick, error: Exception) -> None:
         index, chunk = pick.chunk, self._chunk_of(pick)
         if not isinstance(error, ShmloaderError):
@@ -260,3 +282,8 @@ class Fetcher:
             "higher, or write the file with smaller row groups.",
             **error.data,
         )
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether a later try may succeed: a server was not reached, or could not work (sources/answers.py)."""
+    return isinstance(error, SourceError) and "endpoint" in error.data

@@ -93,6 +93,10 @@ class StreamSchedule:
                 return was is None
         return False
 
+    def rest(self, chunk: int) -> bool:
+        """False: what comes behind it in its iteration could not be had either, and its rows not in their order."""
+        return False
+
     def waited_for(self) -> set[int]:
         """The chunks of which somebody waits for rows that nobody decodes yet, fetched or not."""
         rows = np.array(self._segment.wanted(MOST_WANTED), np.int64)

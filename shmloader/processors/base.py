@@ -70,7 +70,7 @@ def chosen_item(value: Mapping[str, Any]) -> Any:
     """The item of a row's list that its number says: an integer from 0, its digits, or a letter from A; None: null.
 
     Raises:
-        TypeError: the number is none of these. IndexError: there is no such item.
+        IndexError: there is no such item.
     """
     items, number = value["items"], value["number"]
     if items is None or number is None:
@@ -80,7 +80,7 @@ def chosen_item(value: Mapping[str, Any]) -> Any:
         word = number.strip()
         is_letter = len(word) == 1 and "A" <= word.upper() <= "Z"
         if not is_letter and not (word.isascii() and word.isdigit()):
-            raise TypeError(f"{number!r:.40} is neither a number nor a letter")
+            raise IndexError(f"there is no item {number!r:.40}, which is neither a number nor a letter")
         place = ord(word.upper()) - ord("A") if is_letter else int(word)
     if not 0 <= place < len(items):
         raise IndexError(f"there is no item {number!r}: it has {len(items)}")

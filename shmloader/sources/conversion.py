@@ -164,7 +164,7 @@ def _lacking(request: SourceRequest, found: Any, builder: Any) -> list[str]:
 
     if builder.info.features is None:
         return []
-    hub, path = HubFiles(request.load.get("token")), str(found.config.data_files[request.split][0])
+    hub, path = HubFiles(request), str(found.config.data_files[request.split][0])
     with translated(request, "read the Parquet copy of"), hub.open(path, hub.size(path)) as file:
         names = pq.read_schema(file).names
     return [name for name in builder.info.features if name not in names]

@@ -10,8 +10,9 @@ import errno
 import logging
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from shmloader.sources.base import SourceRequest
 from shmloader.sources.blame import chain
 from shmloader.sources.hub import HubFiles, cached_copy, is_remote, parts_of
 from shmloader.sources.hub_cache import folder_of, remember_files, repo_of
+from shmloader.sources.patience import STALL_S, ServerGivenUp
 from shmloader.sources.resolve import source_name, translated
 
 log = logging.getLogger("shmloader.sources")
@@ -30,6 +32,8 @@ DOWNLOADS_AT_ONCE = 4
 #: What is under way is told this often, or whenever another tenth is there.
 PROGRESS_S = 10.0
 _LOOK_S = 0.5
+#: A file that does not come whole is fetched so often.
+_TRIES = 3
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -106,7 +110,7 @@ def _fetch(request: SourceRequest, paths: Sequence[str]) -> None:
     from huggingface_hub import constants, hf_hub_download
 
     token, name = request.load.get("token"), source_name(request)
-    hub, places = HubFiles(token), {path: parts_of(path) for path in paths}
+    hub, places = HubFiles(request), {path: parts_of(path) for path in paths}
     sizes = {path: hub.size(path) for path in paths}
     num_bytes, cache = sum(sizes.values()), Path(constants.HF_HUB_CACHE)
     repos = {place[0] for place in places.values() if place is not None}
@@ -115,7 +119,11 @@ def _fetch(request: SourceRequest, paths: Sequence[str]) -> None:
 
     def fetch(path: str) -> None:
         repo, commit, file = places[path] or ("", "", "")
-        hf_hub_download(repo, file, repo_type="dataset", revision=commit, token=token)
+
+        def fetch_it() -> Path:
+            return Path(hf_hub_download(repo, file, repo_type="dataset", revision=commit, token=token))
+
+        _whole(fetch_it, path, sizes[path])
         done.append(sizes[path])
 
     def written() -> int:
@@ -125,21 +133,73 @@ def _fetch(request: SourceRequest, paths: Sequence[str]) -> None:
     with (
         disk_needed(request, cache, max(num_bytes - have, 0), "HF_HOME (or HF_HUB_CACHE)"),
         Progress(f"{name}: downloaded", num_bytes, written),
-        ThreadPoolExecutor(DOWNLOADS_AT_ONCE) as pool,
     ):
         own = [path for path in paths if (places[path] or ("",))[0] == repo_of(name)]
         if own:  # for a start without the Hub
             smallest = places[min(own, key=sizes.__getitem__)]
             assert smallest is not None
             remember_files(smallest[0], request.load.get("revision"), smallest[2], token)
-        running = [pool.submit(fetch, path) for path in paths]
-        _, pending = wait(running, return_when=FIRST_EXCEPTION)
-        for future in pending:
-            future.cancel()  # one has failed
-        for future in running:
-            if not future.cancelled():
-                future.result()
+        _at_once(fetch, paths, written, request.source_timeout_s)
     log.info("%s: downloaded %s", name, size_text(num_bytes))
+
+
+def _whole(fetch: Callable[[], Path], path: str, num_bytes: int) -> None:
+    """Have ``fetch`` bring the file into the cache, again if it is not whole there."""
+    for num_left in reversed(range(_TRIES)):
+        try:
+            found = fetch()
+            have = found.stat().st_size
+            if have == num_bytes:
+                return
+            found.resolve().unlink()  # else it would be found again
+            found.unlink(missing_ok=True)
+            raise OSError(f"{path}: {num_bytes:,} bytes were told, and {have:,} came")
+        except OSError as error:
+            is_answer = getattr(error, "response", None) is not None  # which another try would not change
+            if is_answer or is_full(error) or not num_left:
+                raise
+
+
+def _at_once(fetch: Callable[[str], None], paths: Sequence[str], written: Callable[[], int], timeout_s: float) -> None:
+    """Have threads call ``fetch`` with each path. Raises what the first that fails did, and waits for no other then.
+
+    written: how many bytes are there. Raises ServerGivenUp if that does not grow: some fetch without our client.
+    """
+    waiting, failures = deque(paths), []
+    moved = threading.Condition()
+    num_left = len(paths)
+
+    def work() -> None:
+        nonlocal num_left
+        while True:
+            try:
+                path = waiting.popleft()
+            except IndexError:
+                return
+            try:
+                fetch(path)
+            except Exception as error:
+                failures.append(error)
+                waiting.clear()
+            with moved:
+                num_left -= 1
+                moved.notify()
+
+    # Daemons: what is under way when one fails may take any time, and nobody waits for it.
+    for _ in range(min(DOWNLOADS_AT_ONCE, len(paths))):
+        threading.Thread(target=work, daemon=True, name="shmloader-download").start()
+    last, since = written(), time.monotonic()
+    with moved:
+        while num_left and not failures:
+            moved.wait(_LOOK_S)
+            if (now := written()) != last:
+                last, since = now, time.monotonic()
+            elif (silent_s := time.monotonic() - since) > timeout_s + STALL_S:
+                raise ServerGivenUp(
+                    f"the download was given up: nothing came for {silent_s:.0f} s", "the Hub's storage"
+                )
+    if failures:
+        raise failures[0]
 
 
 def _blob_bytes(repo: str, pattern: str) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,24 +72,24 @@ def _plan_repo(request: SourceRequest, entry: DatasetConfig, repo: Repo) -> Sour
         asked = replace(asked, split=split)
     found = {"dataset": repo.id, "entry": None, "split": asked.split, "columns": columns}
     told = {key: value for key, value in repo.load.items() if key not in request.load}
-    plan = replace(plan, notices=(*notices, *plan.notices), resolved={**found, "load": told, **plan.resolved})
+    told |= plan.resolved.get("load", {})
+    plan = replace(plan, notices=(*notices, *plan.notices), resolved={**found, **plan.resolved, "load": told})
     if plan.columns.labels is not None and plan.columns.class_names is None and entry.class_names:
         plan = replace(plan, columns=replace(plan.columns, class_names=entry.class_names))
     return plan
 
 
-def mapped_split(entry: DatasetConfig, repo: Repo, split: str, available: Mapping[str, object] | object = ()) -> str:
+def mapped_split(entry: DatasetConfig, repo: Repo, split: str, available: Sequence[str]) -> str:
     """``split`` with what the catalog puts in the place of the splits that are not ``available``.
 
     Raises:
         SplitNotFoundError: of what is a slice already, a slice is asked for.
     """
-    there = tuple(available) if isinstance(available, list | tuple | dict) else ()
 
     def changed(term: re.Match[str]) -> str:
         name, part = term["name"], term["slice"] or ""
         found, seen = name, {name}
-        while found not in there and found in repo.splits:
+        while found not in available and found in repo.splits:
             found = repo.splits[found]
             if found in seen:
                 break
@@ -100,10 +100,10 @@ def mapped_split(entry: DatasetConfig, repo: Repo, split: str, available: Mappin
             return found + part
         raise SplitNotFoundError(
             f"{entry.name} has no split {name!r}: {found!r} is used in its place, of which no part can be taken by "
-            f"{split!r}. Say it of the splits that there are ({', '.join(map(repr, there))}), as in {found!r}.",
+            f"{split!r}. Say it of the splits that there are ({', '.join(map(repr, available))}), as in {found!r}.",
             dataset=entry.name,
             split=split,
-            available=list(there),
+            available=list(available),
         )
 
     # What stands in brackets is no name.

@@ -1,7 +1,7 @@
 """Files of a dataset on the Hub, as pyarrow reads them: only the bytes that are asked for.
 
-Works with the unmodified ``huggingface_hub`` client, so HF_ENDPOINT, HF_TOKEN and its retries hold.
-Imports ``huggingface_hub`` when first used, never ``datasets``.
+Works with the unmodified ``huggingface_hub``, so HF_ENDPOINT and HF_TOKEN hold; what fails is tried again
+(patience.py). Imports ``huggingface_hub`` when first used, never ``datasets``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+
+from shmloader.sources.base import SourceRequest
+from shmloader.sources.patience import be_patient
 
 SCHEME = "hf://"
 
@@ -53,16 +56,18 @@ def cached_copy(path: str) -> str | None:
 class HubFiles:
     """Opens files on the Hub. One per reader; `open` may be called from several threads.
 
-    token: as ``datasets`` takes it; None: the environment's, or the one that was logged in.
-    touch: called after each read, from whichever thread reads.
+    request: whose token and timeout hold. touch: called whenever something came, from whichever thread reads; None: of
+    no matter.
+
+    All raise whatever the Hub's client makes of an answer; `ServerGivenUp`: there was none.
     """
 
-    def __init__(self, token: str | bool | None = None, touch: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, request: SourceRequest, touch: Callable[[], None] | None = None) -> None:
+        be_patient(request.source_timeout_s, touch)
         from huggingface_hub import HfFileSystem
 
-        self._touch = touch
-
-        self._fs = HfFileSystem(token=token)
+        # A token of None: the environment's, or the one that was logged in.
+        self._fs = HfFileSystem(token=request.load.get("token"))
         self._whole: OrderedDict[str, pa.Buffer] = OrderedDict()
 
     def size(self, path: str) -> int:
@@ -71,7 +76,7 @@ class HubFiles:
 
     def open(self, path: str, num_bytes: int) -> Any:
         """The file, which has ``num_bytes`` bytes, for pyarrow; each read is one request for exactly its bytes."""
-        return _Touching(self._fs.open(path, "rb", size=num_bytes, cache_type="none"), self._touch)
+        return _Exact(self._fs.open(path, "rb", size=num_bytes, cache_type="none"), path, num_bytes)
 
     def open_whole(self, path: str, num_bytes: int) -> pa.BufferReader:
         """The file, fetched whole with one request the first time."""
@@ -90,27 +95,29 @@ class HubFiles:
         with self._fs.open(path, "rb", block_size=0) as file:
             while part := file.read(WHOLE_FILE_BYTES):
                 parts.append(part)
-                self._touch()
         return b"".join(parts)
 
 
-class _Touching:
-    """An open file that tells of each read."""
+class _Exact:
+    """An open file of which a read gives as many bytes as were asked for, or fails."""
 
-    def __init__(self, file: Any, touch: Callable[[], None]) -> None:
-        self._file, self._touch = file, touch
+    def __init__(self, file: Any, path: str, num_bytes: int) -> None:
+        self._file, self._path, self._num_bytes = file, path, num_bytes
 
     def read(self, num_bytes: int = -1) -> bytes:
+        left = self._num_bytes - self._file.tell()
+        wanted = left if num_bytes < 0 else min(num_bytes, left)
         data: bytes = self._file.read(num_bytes)
-        if 0 <= num_bytes < len(data):
-            raise NoRanges(f"asked for {num_bytes} bytes of a file, the server sent {len(data)}: it ignores ranges")
-        self._touch()
+        if len(data) > wanted:
+            raise NoRanges(f"asked for {wanted} bytes of a file, the server sent {len(data)}: it ignores ranges")
+        if len(data) != wanted:
+            raise OSError(f"{self._path}: {wanted} bytes were asked for, and {len(data)} came")
         return data
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
-    def __enter__(self) -> _Touching:
+    def __enter__(self) -> _Exact:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError
+from shmloader.sources.answers import remedy, told_of
 from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
 from shmloader.sources.media_files import FileFailure, MediaFiles, paths_of, with_bytes
 from shmloader.sources.resolve import has_secret, without_secrets
 from shmloader.sources.rows import one_batch
 
 _MEDIA = b"media"
+_ELSEWHERE = "Check the connection, or have them here before: use_streaming=False."
 
 
 def write_listing(batches: Sequence[pa.RecordBatch], schema: pa.Schema, media: Sequence[str]) -> pa.Buffer:
@@ -98,9 +100,10 @@ class ListingReader:
         why = without_secrets(self._request, f"{type(error).__name__}: {error}")
         return ReadError(
             f"{self._plan.name}, split {self._plan.split!r}: cannot read the files of rows {chunk.first_row} to "
-            f"{last}, {where}: {why}. Check the connection, or have them here before: use_streaming=False.",
+            f"{last}, {where}: {why}. {remedy(error, _ELSEWHERE)}",
             dataset=self._plan.name,
             shard=file,
             first_row=chunk.first_row,
             num_rows=chunk.num_rows,
+            **told_of(error),
         )

@@ -61,7 +61,7 @@ class MediaFiles:
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(REMOTE_THREADS, "files")
             if self._hub is None and any(is_remote(path) for path in paths):
-                self._hub = HubFiles(self._request.load.get("token"), self._touch)
+                self._hub = HubFiles(self._request, self._touch)
             threads = self._threads
         return list(threads.map(self._any, paths))
 

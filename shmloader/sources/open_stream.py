@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError
+from shmloader.sources.answers import told_of
 from shmloader.sources.base import Chunk, OnRow, SourcePlan, SourceRequest
 from shmloader.sources.blame import why_failed
 from shmloader.sources.media_files import MediaFiles
@@ -75,6 +76,7 @@ class OpenStreamReader:
             yield chunk.first_row, batch
         if failure is not None and found.failed is not None:
             told = self._read_error(chunk, *found.failed)
+            told.data |= told_of(failure)
             if has_secret(self._request, str(failure)):
                 raise told from None
             raise told from failure

@@ -17,11 +17,12 @@ Planner only; imports ``datasets``.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from shmloader.errors import ShmloaderError, SourceError, SplitNotFoundError
+from shmloader.sources.answers import state_of, what_to_do
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.conversion import cached_script, converted_script
 from shmloader.sources.hub_cache import (
@@ -35,6 +36,7 @@ from shmloader.sources.hub_cache import (
     repo_of,
 )
 from shmloader.sources.resolve import (
+    check_split,
     commit_of,
     is_answered,
     is_offline,
@@ -55,6 +57,7 @@ class Origin:
     """Files, as a builder of ``datasets`` names them, and what the user should know of where they are from.
 
     root: the local folder that stands for a Hub dataset. revision: the commit, where it is not in the files' names.
+    load: what is to be said beside the request's ``load``, to find the same files again.
     """
 
     builder: Any
@@ -62,6 +65,7 @@ class Origin:
     revision: str | None = None
     notices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    load: dict[str, Any] = field(default_factory=dict)
 
 
 def find_origin(request: SourceRequest) -> Origin:
@@ -85,7 +89,7 @@ def find_origin(request: SourceRequest) -> Origin:
             return Origin(builder, notices=(notice,))
         if is_answered(error):
             raise
-        return _cached(request, repo, "the Hub cannot be reached", error)
+        return _cached(request, repo, f"the Hub {state_of(error.data.get('status'))}", error)
     if _is_prepared_only(builder):  # `datasets` takes these whenever the Hub does not give it the dataset
         return _cached(request, repo, "the Hub did not give it (not reached, or not there, or no access)")
     return Origin(builder, revision=commit_of(builder))
@@ -113,22 +117,25 @@ def _cached(request: SourceRequest, repo: str, why: str, error: SourceError | No
         snapshot = cached_snapshot(repo, branch)
         found = None if snapshot is None else _whole(request, repo, snapshot, is_last=builder is None)
         if snapshot is not None and found is not None:
-            origin = Origin(found, root=str(snapshot.folder), revision=snapshot.commit)
+            builder, load = found
+            origin = Origin(builder, root=str(snapshot.folder), revision=snapshot.commit, load=load)
             return _told(request, why, origin, f"the Hub's cache, {snapshot.folder}")
     if builder is not None and revision in (None, "main"):
         origin = Origin(builder, revision=prepared)
         return _told(request, why, origin, f"the newest that datasets prepared, {builder.cache_dir}")
-    raise _nowhere(request, repo, why) from error
+    raise _nowhere(request, repo, why, error) from error
 
 
 def _told(request: SourceRequest, why: str, origin: Origin, place: str) -> Origin:
     text = f"{source_name(request)}: {why}; its files are those of commit {origin.revision}, from {place}"
     notices, warnings = ((text,), ()) if is_offline() else ((), (text,))
-    return Origin(origin.builder, origin.root, origin.revision, notices, warnings)
+    return replace(origin, notices=notices, warnings=warnings)
 
 
-def _whole(request: SourceRequest, repo: str, snapshot: Snapshot, is_last: bool) -> Any | None:
-    """The builder of a snapshot; None: it has no data files at all (only what was asked of the dataset before).
+def _whole(request: SourceRequest, repo: str, snapshot: Snapshot, is_last: bool) -> tuple[Any, dict[str, Any]] | None:
+    """The builder of a snapshot, and what ``load`` is to say for it.
+
+    None: it has no data files at all (only what was asked of the dataset before).
 
     is_last: nothing else could be taken.
 
@@ -136,32 +143,52 @@ def _whole(request: SourceRequest, repo: str, snapshot: Snapshot, is_last: bool)
         SourceError: files of the split are missing. SplitNotFoundError: all are there, and it has no such split.
     """
     if snapshot.commit == cached_commit(repo, CONVERSION):
-        return cached_script(request, snapshot)
-    try:
-        builder = resolve_builder(request, root=str(snapshot.folder))
-    except ShmloaderError:  # none of a known format
-        return None
+        script = cached_script(request, snapshot)
+        return None if script is None else (script, {})
     listed = listed_files(repo, snapshot.commit)
     lacking = [] if listed is None else absent(snapshot, listed)
-    needed = _needed(request, snapshot, listed or [], lacking)
+    try:
+        builder = resolve_builder(request, root=str(snapshot.folder))
+    except ShmloaderError:  # none of a known format, or what the card names is not all there
+        return _split_alone(request, repo, snapshot, listed or [], is_last) if lacking else None
+    splits = _listed_splits(request, snapshot, listed or []) if lacking else {}
+    needed = None if splits is None else splits.get(request.split, [])
     missing = [name for name in lacking if needed is None or name in needed]
     if listed is None and "data_files" not in request.load:
         missing = gaps(_names(builder, request.split, snapshot.folder))
     is_there = request.split in split_names(builder)
     if not missing and (is_there or (listed is not None and not lacking)):
-        return builder
+        return builder, {}
     if not is_last:
         return None
     raise _incomplete(request, repo, snapshot, builder, missing)
 
 
-def _needed(request: SourceRequest, snapshot: Snapshot, listed: list[str], lacking: list[str]) -> set[str] | None:
-    """The files of the split, if all of ``listed`` were there; None: that cannot be told.
+def _split_alone(
+    request: SourceRequest, repo: str, snapshot: Snapshot, listed: list[str], is_last: bool
+) -> tuple[Any, dict[str, Any]] | None:
+    """As `_whole`, where the card names files of other splits that are not there, which makes `datasets` refuse."""
+    splits = _listed_splits(request, snapshot, listed)
+    if not splits or "data_files" in request.load:
+        return None
+    names = splits.get(request.split, [])
+    missing = absent(snapshot, names)
+    if names and not missing:
+        load = {"data_files": {request.split: names}}
+        asked = replace(request, load={**request.load, **load})
+        return resolve_builder(asked, root=str(snapshot.folder)), load
+    if not is_last:
+        return None
+    if not names:
+        check_split(request, list(splits))
+    raise _incomplete(request, repo, snapshot, None, missing)
+
+
+def _listed_splits(request: SourceRequest, snapshot: Snapshot, listed: list[str]) -> dict[str, list[str]] | None:
+    """The files of each split, if all of ``listed`` were there; None: that cannot be told.
 
     Found by asking ``datasets`` about a folder of empty files with these names.
     """
-    if not lacking:
-        return set()
     with tempfile.TemporaryDirectory(prefix="shmloader-") as made:
         folder = Path(made)
         for name in listed:
@@ -172,7 +199,7 @@ def _needed(request: SourceRequest, snapshot: Snapshot, listed: list[str], lacki
             builder = resolve_builder(request, root=str(folder))
         except ShmloaderError:  # their names alone do not say what they are
             return None
-        return set(_names(builder, request.split, folder))
+        return {split: _names(builder, split, folder) for split in split_names(builder)}
 
 
 def _names(builder: Any, split: str, folder: Path) -> list[str]:
@@ -187,8 +214,10 @@ def _is_prepared_only(builder: Any) -> bool:
     return bool(type(builder).__module__ == "datasets.packaged_modules.cache.cache")
 
 
-def _incomplete(request: SourceRequest, repo: str, snapshot: Snapshot, builder: Any, missing: list[str]) -> SourceError:
-    name, available = source_name(request), list(split_names(builder))
+def _incomplete(
+    request: SourceRequest, repo: str, snapshot: Snapshot, builder: Any | None, missing: list[str]
+) -> SourceError:
+    name, available = source_name(request), [] if builder is None else list(split_names(builder))
     fill = f"Fetch the rest while the Hub can be reached: hf download {repo} --repo-type dataset"
     if not missing:
         return SplitNotFoundError(
@@ -211,18 +240,21 @@ def _incomplete(request: SourceRequest, repo: str, snapshot: Snapshot, builder: 
     )
 
 
-def _nowhere(request: SourceRequest, repo: str, why: str) -> SourceError:
+def _nowhere(request: SourceRequest, repo: str, why: str, error: SourceError | None) -> SourceError:
     import datasets
     from huggingface_hub import constants
 
     name, revision = source_name(request), request.load.get("revision") or "main"
+    data = {} if error is None or is_offline() else {k: error.data.get(k) for k in ("status", "detail")}
+    told = f" {what_to_do(data['status'])} ({data['detail']})" if data.get("detail") else ""
     return SourceError(
         f"Cannot find {name!r}: {why}; the Hub at {constants.ENDPOINT} cannot be reached, so it is not known whether "
         f"the dataset exists. Looked for a local folder or file {str(Path(name).absolute())!r}, for files of revision "
         f"{revision!r} in the Hub's cache ({constants.HF_HUB_CACHE}), and for what datasets prepared "
         f"({datasets.config.HF_DATASETS_CACHE}). Fill the cache while the Hub can be reached: hf download {repo} "
         "--repo-type dataset, or open the dataset once with use_streaming=False; or check "
-        f"{'HF_HUB_OFFLINE' if is_offline() else 'the network, HF_ENDPOINT'} and HF_HOME.",
+        f"{'HF_HUB_OFFLINE' if is_offline() else 'the network, HF_ENDPOINT'} and HF_HOME.{told}",
         dataset=name,
         endpoint=constants.ENDPOINT,
+        **data,
     )

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shmloader.errors import ReadError, ShmloaderError
+from shmloader.sources.answers import remedy, told_of
 from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
 from shmloader.sources.hub import WHOLE_FILE_BYTES, HubFiles, is_remote
 from shmloader.sources.resolve import without_secrets
@@ -21,6 +22,12 @@ STREAM_BUFFER_BYTES = 4 << 20
 #: Bytes of a batch of such a row group, and its most rows (guessed: few batches, and little that is held twice).
 STREAM_BATCH_BYTES = 4 << 20
 STREAM_BATCH_ROWS = 8192
+
+
+_DAMAGED = (
+    "The file may be damaged or have changed since the dataset was opened; fetch it again, or leave it out with "
+    "data_files= in load=."
+)
 
 
 @dataclass
@@ -134,7 +141,7 @@ class ParquetReader:
         if not is_remote(path):
             return pa.OSFile(path)
         if self._hub is None:
-            self._hub = HubFiles(self._request.load.get("token"), self._touch)
+            self._hub = HubFiles(self._request, self._touch)
         num_bytes = self._plan.shard_bytes[shard]
         if num_bytes < WHOLE_FILE_BYTES:
             return self._hub.open_whole(path, num_bytes)
@@ -154,10 +161,10 @@ class ParquetReader:
         last = chunk.first_row + chunk.num_rows - 1
         return ReadError(
             f"{self._plan.name}: cannot read rows {chunk.first_row} to {last} from {shard} (row group "
-            f"{chunk.piece[0]}): {why}. The file may be damaged or have changed since the "
-            "dataset was opened; fetch it again, or leave it out with data_files= in load=.",
+            f"{chunk.piece[0]}): {why}. {remedy(error, _DAMAGED)}",
             dataset=self._plan.name,
             shard=shard,
             first_row=chunk.first_row,
             num_rows=chunk.num_rows,
+            **told_of(error),
         )

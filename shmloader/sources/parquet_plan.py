@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shmloader.errors import ColumnError, ReadError, SourceError
+from shmloader.sources.answers import is_unreachable
 from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
 from shmloader.sources.columns import choose_columns
 from shmloader.sources.hub import HubFiles, NoRanges, cached_copy, is_remote
-from shmloader.sources.resolve import empty_dataset, is_unreachable, source_name, translated
+from shmloader.sources.resolve import empty_dataset, source_name, translated
 from shmloader.sources.rows import KEPT_TABLE_BYTES, plain_schema, stream_bytes
 
 log = logging.getLogger("shmloader.sources")
@@ -100,7 +101,7 @@ def _mode(request: SourceRequest, builder: Any, footers: Sequence[_Footer]) -> s
 
 
 def _read_footers(request: SourceRequest, paths: Sequence[str]) -> list[_Footer]:
-    hub = HubFiles(request.load.get("token")) if any(map(is_remote, paths)) else None
+    hub = HubFiles(request) if any(map(is_remote, paths)) else None
     sizes = [hub.size(p) if hub is not None and is_remote(p) else Path(p).stat().st_size for p in paths]
     with ThreadPoolExecutor(min(FOOTER_THREADS, len(paths))) as pool:
         reading = [

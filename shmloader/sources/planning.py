@@ -16,6 +16,7 @@ from shmloader.sources.listing_plan import is_folder, plan_listing
 from shmloader.sources.loaded import is_saved, plan_loaded, prepared
 from shmloader.sources.origin import find_origin
 from shmloader.sources.parquet_plan import can_plan, is_on_hub, plan_parquet
+from shmloader.sources.patience import be_patient
 from shmloader.sources.prepare import prepare
 from shmloader.sources.resolve import check_name, check_split, quiet_datasets, source_name, split_names
 from shmloader.sources.splits import ALL, is_expression, plan_all, plan_expression
@@ -34,6 +35,7 @@ def plan_source(request: SourceRequest) -> SourcePlan:
 def _plan_split(request: SourceRequest) -> SourcePlan:
     """The plan of one split, by its name."""
     datasets = quiet_datasets()
+    be_patient(request.source_timeout_s)
     dataset: Any = request.dataset
     if isinstance(dataset, (datasets.Dataset, datasets.DatasetDict)):
         return plan_loaded(request)
@@ -53,6 +55,7 @@ def _plan_split(request: SourceRequest) -> SourcePlan:
         plan,
         revision=plan.revision or origin.revision,
         root=origin.root,
+        resolved={"load": origin.load} if origin.load else {},
         notices=origin.notices + plan.notices,
         warnings=origin.warnings + plan.warnings,
     )

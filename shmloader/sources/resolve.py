@@ -25,29 +25,16 @@ from shmloader.errors import (
     SourceError,
     SplitNotFoundError,
 )
+from shmloader.sources.answers import is_refused, is_unreachable, refused, unreachable
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.blame import chain, failure, missing_package
 from shmloader.sources.hub import NoRanges
 from shmloader.sources.local_files import walked_once
+from shmloader.sources.patience import be_patient
 
-#: Connection failures by the name of their class: the clients' HTTP library changes (requests, httpx, httpx2).
-_UNREACHABLE = {
-    "ConnectError",
-    "ConnectionError",
-    "ConnectTimeout",
-    "NetworkError",
-    "OfflineModeIsEnabled",
-    "PoolTimeout",
-    "ReadError",
-    "ReadTimeout",
-    "RemoteProtocolError",
-    "TimeoutException",
-}
-#: HTTP: the server is there, and cannot work now.
-_DOWN = (500, 502, 503, 504)
 _COMPRESSION = {".gz", ".bz2", ".xz", ".zst", ".lz4"}
-#: Reading is tried again this often by a stream of ``datasets`` (its default, 20 times, hides a dead Hub for
-#: nine minutes; guessed).
+#: Of servers that are not the Hub, reading is tried again this often by a stream of ``datasets`` (its default, 20
+#: times, hides a dead one for nine minutes; guessed). What is asked of the Hub is tried again below it (patience.py).
 _STREAM_RETRIES = 4
 
 
@@ -58,6 +45,7 @@ def quiet_datasets() -> Any:
     datasets.disable_progress_bars()
     datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     datasets.config.STREAMING_READ_MAX_RETRIES = min(_STREAM_RETRIES, datasets.config.STREAMING_READ_MAX_RETRIES)
+    datasets.config.STREAMING_OPEN_MAX_RETRIES = min(_STREAM_RETRIES, datasets.config.STREAMING_OPEN_MAX_RETRIES)
     return datasets
 
 
@@ -79,10 +67,12 @@ def resolve_builder(request: SourceRequest, revision: str | None = None, root: s
 
     Raises:
         DatasetNotFoundError: there is no such dataset, folder or file.
+        AccessError: the Hub does not give it to this user.
         EmptyDatasetError: it has no data files.
         SourceError: the Hub cannot be reached, the configuration does not exist, a setting is bad.
     """
     datasets = quiet_datasets()
+    be_patient(request.source_timeout_s)
     name, load = source_name(request), dict(request.load)
     if revision is not None:
         load["revision"] = revision
@@ -184,16 +174,6 @@ def has_secret(request: SourceRequest, text: str) -> bool:
     return any(secret in text for secret in _secrets(request))
 
 
-def is_unreachable(error: BaseException) -> bool:
-    """Whether ``error`` comes of a server that was not reached or cannot work now, or of offline mode."""
-    return any(
-        (type(e).__name__ in _UNREACHABLE and type(e).__module__ != "tarfile")
-        or isinstance(e, (ConnectionError, TimeoutError))
-        or getattr(getattr(e, "response", None), "status_code", 0) in _DOWN
-        for e in chain(error)
-    )
-
-
 def is_offline() -> bool:
     """Whether offline mode is on: no request may be made."""
     from huggingface_hub import constants
@@ -222,13 +202,15 @@ def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceErr
     detail = without_secrets(request, why)
     kinds = {type(e).__name__ for e in chain(error)}
     if is_unreachable(error):
-        return _unreachable(name, verb, detail)
+        return unreachable(name, verb, detail, error)
     if any(isinstance(e, NoRanges) or type(e) is NotImplementedError for e in chain(error)):
         return SourceError(
             f"Cannot {verb} {name!r} as a stream: {detail}. Give use_streaming=False.",
             dataset=name,
             cannot_stream=detail,
         )
+    if is_refused(error):
+        return refused(request, name, detail, error)
     empty = _why_empty(request, error, kinds, detail)
     if empty is not None:
         return EmptyDatasetError(f"{name}{empty}", dataset=name, split=request.split)
@@ -264,19 +246,6 @@ def _translate(request: SourceRequest, verb: str, error: Exception) -> SourceErr
     return SourceError(f"Cannot {verb} {name!r}: {detail}{remedy}", dataset=name)
 
 
-def _unreachable(name: str, verb: str, detail: str) -> SourceError:
-    from huggingface_hub import constants
-
-    offline = " Offline mode is on (HF_HUB_OFFLINE)." if constants.HF_HUB_OFFLINE else ""
-    local = "" if Path(name).exists() else f" There is no local folder or file {str(Path(name).absolute())!r} either."
-    return SourceError(
-        f"Cannot {verb} {name!r}: the Hub at {constants.ENDPOINT} cannot be reached, so it is not known whether "
-        f"the dataset exists.{offline}{local} Check the network and HF_ENDPOINT, or use a local copy. ({detail})",
-        dataset=name,
-        endpoint=constants.ENDPOINT,
-    )
-
-
 def _why_empty(request: SourceRequest, error: Exception, kinds: set[str], detail: str) -> str | None:
     """What is told of a dataset without data; None: ``error`` is of something else."""
     if "EmptyDatasetError" in kinds:
@@ -300,7 +269,8 @@ def _not_found(request: SourceRequest, name: str, detail: str) -> DatasetNotFoun
     if not path.is_absolute() and name.count("/") <= 1 and not name.startswith("."):
         from huggingface_hub import constants
 
-        token = " with the given token" if request.load.get("token") else "; a private or gated one needs a token"
+        login = '; a private or gated one needs a token: `hf auth login`, HF_TOKEN, or load={"token": …}'
+        token = " with the given token" if request.load.get("token") else login
         revision = f" at revision {request.load['revision']!r}" if request.load.get("revision") else ""
         places.append(f"no dataset of that name{revision} on the Hub at {constants.ENDPOINT}{token}")
     near: list[str] = []

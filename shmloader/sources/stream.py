@@ -10,10 +10,12 @@ from typing import Any
 import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError, SourceError
+from shmloader.sources.answers import is_unreachable, remedy, told_of
 from shmloader.sources.base import GUESSED_ROW_BYTES, Chunk, SourcePlan, SourceRequest
 from shmloader.sources.blame import why_failed
 from shmloader.sources.columns import cheapest, choose_columns
 from shmloader.sources.media_files import MediaFiles, embed_media
+from shmloader.sources.patience import be_patient
 from shmloader.sources.resolve import (
     check_split,
     commit_of,
@@ -33,6 +35,7 @@ from shmloader.sources.webdataset import archives_of, count_samples, is_webdatas
 
 #: What ``datasets`` calls the example iterables that read files or a generator, without any transformation.
 _UNTRANSFORMED = {"ArrowExamplesIterable", "ExamplesIterable"}
+_UNSTEADY = "Check that it gives the same rows each time it is read, and all of them the same columns."
 
 
 def plan_stream(request: SourceRequest, builder: Any | None) -> SourcePlan:
@@ -129,8 +132,9 @@ class StreamReader:
             raise
         except Exception as error:
             why = why_failed(error) if self._batches is None else self._batches.told(error)
-            failure = self._read_error(chunk, why)
-            self._failed = (chunk.first_row, why)
+            failure = self._read_error(chunk, why, error)
+            if not is_unreachable(error):  # that is read again once it is asked for
+                self._failed = (chunk.first_row, why)
             self._batches = None
             if has_secret(self._request, str(error)):
                 raise failure from None
@@ -174,21 +178,24 @@ class StreamReader:
             f"it holds {found} rows, where {self._plan.num_rows} were told by its card or counted when it was opened",
         )
 
-    def _read_error(self, chunk: Chunk, why: str) -> ReadError:
+    def _read_error(self, chunk: Chunk, why: str, error: Exception | None = None) -> ReadError:
+        """error: what was raised; None: nothing, its rows are not those that were promised."""
         name = self._plan.name
+        advice = _UNSTEADY if error is None else remedy(error, _UNSTEADY)
         return ReadError(
             f"{name}, split {self._plan.split!r}: cannot read rows {chunk.first_row} to "
-            f"{chunk.first_row + chunk.num_rows - 1} of the stream: {without_secrets(self._request, why)}. "
-            "Check that it gives the same rows each time it is read, and all of them the same columns.",
+            f"{chunk.first_row + chunk.num_rows - 1} of the stream: {without_secrets(self._request, why)}. {advice}",
             dataset=name,
             shard=self._plan.shards[0],
             first_row=chunk.first_row,
             num_rows=chunk.num_rows,
+            **({} if error is None else told_of(error)),
         )
 
 
 def open_planned(request: SourceRequest, plan: SourcePlan) -> tuple[Any, Any]:
     """The ``IterableDataset`` of a plan, and its features. Prefetcher only."""
+    be_patient(request.source_timeout_s)
     builder = None
     if not hasattr(request.dataset, "features") and not isinstance(request.dataset, Mapping):
         builder = resolve_builder(request, plan.revision, plan.root)

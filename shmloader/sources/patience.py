@@ -1,0 +1,223 @@
+"""How long a server is tried: the pace of retries, and which hosts were given up.
+
+Holds for every request that a service makes, whichever library makes it (patient_client.py): a request is tried until
+`SourceRequest.source_timeout_s` have passed in which nothing came, and then ends in a `ServerGivenUp`, which no library
+takes for an answer or tries again.
+
+A host that was not even reached is left alone for `REST_S` by this process: what is asked of it meanwhile fails at
+once, so that several datasets of a dead Hub take one timeout and not one each. After that, and where it answered with
+nothing but errors, a request is tried briefly, until one succeeds.
+
+Imports neither ``huggingface_hub`` nor its HTTP library.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+#: The first wait between two tries, and the longest; each is twice the one before, a quarter more or less (guessed: a
+#: hiccup costs little, and a server that comes back is not overrun).
+FIRST_WAIT_S = 0.25
+LONGEST_WAIT_S = 4.0
+_JITTER = 0.25
+#: A server that is silent for this long is asked again, or for a third of the time there is (guessed: the Hub answers
+#: in less than a second). Each further try waits twice as long, for one that is only slow.
+STALL_S = 10.0
+#: A host that was not reached is not tried again for so long (guessed).
+REST_S = 5.0
+#: A host that was given up is then tried for this share of the time, until it answers.
+BRIEF_SHARE = 0.1
+#: HTTP: the server is there, and may do it later.
+BUSY = frozenset((408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524))
+_RATE_LIMIT = re.compile(r"\br\s*=\s*0\b.*?\bt\s*=\s*(\d+)")
+
+
+class ServerGivenUp(Exception):
+    """A server was tried for as long as may be.
+
+    No OSError, since libraries take that of a file for "it is not there", and none that they retry.
+
+    host: which one. status: the last answer's; None: it did not answer. is_refusal: it asked to wait for longer than
+    may be waited.
+    """
+
+    def __init__(self, message: str, host: str, status: int | None = None, is_refusal: bool = False) -> None:
+        super().__init__(message)
+        self.host, self.status, self.is_refusal = host, status, is_refusal
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (type(self), (str(self), self.host, self.status, self.is_refusal))
+
+
+@dataclass
+class _Host:
+    """A host that was given up, and has not answered since. is_silent: it was not reached at all."""
+
+    since: float
+    why: str
+    status: int | None
+
+    @property
+    def is_silent(self) -> bool:
+        return self.status is None
+
+
+class Patience:
+    """How long the servers that a process asks are tried. Thread-safe.
+
+    timeout_s: without anything coming. touch: called with whatever comes. clock, sleep: for tests.
+    """
+
+    def __init__(
+        self,
+        timeout_s: float,
+        touch: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.timeout_s, self.touch, self.clock, self.sleep = timeout_s, touch, clock, sleep
+        self._hosts: dict[str, _Host] = {}
+        self._lock = threading.Lock()
+
+    def check(self, host: str) -> None:
+        """Raise `ServerGivenUp` if ``host`` is left alone now."""
+        found = self._hosts.get(host)
+        if found is not None and found.is_silent and (ago := self.clock() - found.since) < REST_S:
+            raise ServerGivenUp(f"{host} was given up {ago:.1f} s ago ({found.why})", host)
+
+    @property
+    def silence_s(self) -> float:
+        """How long the first try of a request may wait for anything to come."""
+        return min(STALL_S, self.timeout_s / 3)
+
+    def attempts(self, host: str, what: str) -> Attempts:
+        """The tries of one request. what: the request, in words. Raises as `check`."""
+        self.check(host)
+        share = BRIEF_SHARE if host in self._hosts else 1.0
+        return Attempts(self, host, what, self.timeout_s * share)
+
+    def answered(self, host: str) -> None:
+        """``host`` does its work."""
+        if host in self._hosts:
+            with self._lock:
+                self._hosts.pop(host, None)
+
+    def gave_up(self, host: str, why: str, status: int | None) -> None:
+        """``host`` was tried for as long as may be."""
+        with self._lock:
+            self._hosts[host] = _Host(self.clock(), why, status)
+
+
+class Attempts:
+    """The tries of one request, with what is fetched of its body. For one thread."""
+
+    def __init__(self, patience: Patience, host: str, what: str, timeout_s: float) -> None:
+        self._patience, self._host, self._what, self._timeout_s = patience, host, what, timeout_s
+        self._since = patience.clock()
+        self._num_tries = 0
+        self._wait_s = FIRST_WAIT_S
+
+    @property
+    def left_s(self) -> float:
+        """What is left of the time."""
+        return self._timeout_s - (self._patience.clock() - self._since)
+
+    @property
+    def silence_s(self) -> float:
+        """How long the next try may wait for anything to come."""
+        most: float = min(STALL_S, self._timeout_s / 3) * 2.0**self._num_tries
+        return max(min(most, self.left_s), min(0.5, self._timeout_s))
+
+    def progress(self) -> None:
+        """Something came: the time begins anew."""
+        self._since = self._patience.clock()
+        self._num_tries, self._wait_s = 0, FIRST_WAIT_S
+        self._patience.touch()
+
+    def touch(self) -> None:
+        """Something came that is of no use if the rest does not come."""
+        self._patience.touch()
+
+    def resume(self) -> None:
+        """More is asked for only now: what was done in between is not the server's doing."""
+        self._since = self._patience.clock()
+
+    def failed(
+        self, error: Exception | None, host: str | None = None, status: int | None = None, wait_s: float = 0.0
+    ) -> None:
+        """A try failed: return when the next may begin.
+
+        error: why; None: ``status`` says so. host: which one failed, of several that were led to. wait_s: what the
+        server asked to wait.
+
+        Raises:
+            ServerGivenUp: the time is over, or will be before the server may be asked again.
+        """
+        self._num_tries += 1
+        host = host or self._host
+        why = f"HTTP {status}" if error is None else f"{type(error).__name__}: {error}".rstrip(": ")
+        left_s = self.left_s
+        if left_s <= 0 or wait_s > left_s:
+            raise self._given_up(host, why, status, wait_s if left_s > 0 else 0.0) from error
+        pace_s = self._wait_s * random.uniform(1 - _JITTER, 1 + _JITTER)
+        self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
+        self._patience.sleep(min(max(wait_s, pace_s), left_s))
+
+    def _given_up(self, host: str, why: str, status: int | None, wait_s: float) -> ServerGivenUp:
+        spent_s = self._timeout_s - self.left_s
+        asked = (
+            f", and asks to wait for {wait_s:.0f} s, which is longer than is left of the {self._timeout_s:g} s of "
+            "SHMLOADER_SOURCE_TIMEOUT_S"
+            if wait_s
+            else ""
+        )
+        times = "once" if self._num_tries == 1 else f"{self._num_tries} times"
+        self._patience.gave_up(host, why, status)
+        text = f"{host} was given up after {spent_s:.1f} s: {self._what}, tried {times}: {why}{asked}"
+        return ServerGivenUp(text, host, status, bool(wait_s))
+
+
+def asked_wait_s(headers: Mapping[str, str], now_s: float) -> float:
+    """How long a busy server asks to wait, in seconds; 0: it does not say. now_s: seconds since 1970.
+
+    Source: RFC 9110, 10.2.3 (Retry-After: seconds, or a date); draft-ietf-httpapi-ratelimit-headers-09 (RateLimit).
+    """
+    told = headers.get("retry-after", "").strip()
+    if told.isdigit():
+        return float(told)
+    if told:
+        try:
+            return max(parsedate_to_datetime(told).timestamp() - now_s, 0.0)
+        except ValueError:  # neither: as if it did not say
+            return 0.0
+    limit = _RATE_LIMIT.search(headers.get("ratelimit", ""))
+    return float(limit[1]) if limit else 0.0
+
+
+_patience: Patience | None = None
+_lock = threading.Lock()
+
+
+def be_patient(timeout_s: float, touch: Callable[[], None] | None = None) -> None:
+    """Have every request that this process makes of a Hub be patient, and be given up in time. Services only.
+
+    Imports ``huggingface_hub``. The last call's arguments hold. touch: see `Patience`; None: as it was.
+    """
+    global _patience
+    with _lock:
+        if _patience is None:
+            from shmloader.sources.patient_client import install
+
+            patience = Patience(timeout_s)
+            install(patience)
+            _patience = patience
+        _patience.timeout_s = timeout_s
+        if touch is not None:
+            _patience.touch = touch

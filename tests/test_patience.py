@@ -1,0 +1,155 @@
+"""How long a server is tried, by a clock that does not run."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from shmloader.sources.patience import (
+    BRIEF_SHARE,
+    LONGEST_WAIT_S,
+    REST_S,
+    STALL_S,
+    Patience,
+    ServerGivenUp,
+    asked_wait_s,
+)
+
+HOST = "hub"
+
+
+class Clock:
+    """Time that passes only in sleep."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.slept: list[float] = []
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.slept.append(seconds)
+
+
+def patience_of(timeout_s: float = 30.0) -> tuple[Patience, Clock]:
+    clock = Clock()
+    return Patience(timeout_s, clock=lambda: clock.now, sleep=clock.sleep), clock
+
+
+def give_up(patience: Patience, status: int | None = None, host: str = HOST) -> ServerGivenUp:
+    attempts = patience.attempts(host, "GET /it")
+    while True:
+        try:
+            attempts.failed(None if status else OSError("refused"), host, status)
+        except ServerGivenUp as error:
+            return error
+
+
+def test_waits_grow_and_end_with_the_timeout():
+    patience, clock = patience_of()
+    error = give_up(patience)
+    assert clock.now == pytest.approx(1030)
+    assert all(before < after for before, after in zip(clock.slept[:3], clock.slept[1:4], strict=True))
+    assert max(clock.slept) <= 1.25 * LONGEST_WAIT_S
+    assert f"tried {len(clock.slept) + 1} times" in str(error)
+    assert "OSError: refused" in str(error)
+    assert (error.host, error.status) == (HOST, None)
+
+
+def test_what_comes_begins_the_time_anew():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /it")
+    for _ in range(5):
+        clock.now += 29
+        attempts.progress()
+    attempts.failed(OSError("reset"))
+    assert clock.slept == [pytest.approx(0.25, rel=0.26)]
+
+
+def test_time_that_the_caller_took_is_not_the_servers():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /it")
+    clock.now += 1000
+    attempts.resume()
+    attempts.failed(OSError("idle for too long"))
+    assert attempts.left_s > 29
+
+
+def test_what_the_server_asks_to_wait_is_waited():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /it")
+    attempts.failed(None, HOST, 429, 12.0)
+    assert clock.slept == [12.0]
+
+
+def test_what_the_server_asks_to_wait_beyond_the_timeout_ends_at_once():
+    patience, clock = patience_of()
+    with pytest.raises(
+        ServerGivenUp, match=r"wait for 120 s, which is longer than .* SHMLOADER_SOURCE_TIMEOUT_S"
+    ) as caught:
+        patience.attempts(HOST, "GET /it").failed(None, HOST, 429, 120.0)
+    assert clock.slept == []
+    assert caught.value.is_refusal
+
+
+def test_silence_is_waited_for_longer_each_time_and_never_beyond_the_timeout():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /it")
+    assert attempts.silence_s == STALL_S
+    clock.now += STALL_S
+    attempts.failed(OSError("stalled"))
+    assert attempts.silence_s == pytest.approx(attempts.left_s)
+    assert patience_of(3.0)[0].attempts(HOST, "").silence_s == pytest.approx(1)
+
+
+def test_host_that_was_not_reached_is_left_alone_then_tried_briefly_until_it_answers():
+    patience, clock = patience_of()
+    give_up(patience)
+    with pytest.raises(ServerGivenUp, match=r"given up 0\.0 s ago"):
+        patience.attempts(HOST, "GET /other")
+    patience.attempts("another", "GET /it")
+    clock.now += REST_S
+    assert patience.attempts(HOST, "GET /other").left_s == pytest.approx(30 * BRIEF_SHARE)
+    patience.answered(HOST)
+    assert patience.attempts(HOST, "GET /other").left_s == pytest.approx(30)
+
+
+def test_host_that_answers_with_errors_is_tried_briefly_for_other_things():
+    patience, _ = patience_of()
+    assert give_up(patience, 503).status == 503
+    assert patience.attempts(HOST, "GET /other").left_s == pytest.approx(30 * BRIEF_SHARE)
+
+
+def test_nine_datasets_of_a_dead_hub_take_one_timeout():
+    patience, clock = patience_of()
+    give_up(patience)
+    for _ in range(8):
+        with pytest.raises(ServerGivenUp):
+            patience.attempts(HOST, "GET /it")
+    assert clock.now == pytest.approx(1030)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({}, 0),
+        ({"retry-after": "7"}, 7),
+        ({"retry-after": "Thu, 01 Jan 1970 00:01:40 GMT"}, 60),
+        ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0),
+        ({"retry-after": "soon"}, 0),
+        ({"ratelimit": '"api";r=0;t=55'}, 55),
+        ({"ratelimit": '"api";r=12;t=55'}, 0),
+    ],
+)
+def test_both_ways_to_ask_for_a_wait_are_understood(headers, seconds):
+    assert asked_wait_s(headers, 40.0) == seconds
+
+
+def test_error_travels_between_processes():
+    error = ServerGivenUp("it was given up", HOST, 503, True)
+    copy = pickle.loads(pickle.dumps(error))
+    assert (str(copy), copy.host, copy.status, copy.is_refusal) == ("it was given up", HOST, 503, True)
+
+
+def test_error_is_of_no_kind_that_libraries_take_for_an_answer_or_try_again():
+    assert not issubclass(ServerGivenUp, OSError)

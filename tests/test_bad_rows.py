@@ -447,4 +447,4 @@ def test_of_several_sources_a_made_up_sample_says_which_it_stands_in_for(picture
     with opened([pictures, others], **arguments) as dataset:
         batch = dataset[[94, 95, 96, 97]]
         assert batch["source"] == [pictures, f"{pictures} (synthetic)", f"{others} (synthetic)", others]
-        assert (batch["image"].dtype, batch["image"].shape) == (torch.float32, (4, 3, 32, 32))
+        assert (batch["image"].dtype, batch["image"].shape) == (torch.uint8, (4, 3, 32, 32))

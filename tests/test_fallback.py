@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from conftest import opened
-from hub import Hub, _Handler, serve
+from hub import Hub, serve
+from hub_server import _Handler
 from support_catalog import LEAVES, known, request_of
 from support_hub import ask, write_json
 from support_sets import write_table

@@ -61,7 +61,7 @@ def test_the_number_of_the_choice_is_one_of_the_choices():
 
 
 def test_all_classes_occur_alike_also_if_there_are_more_than_rows_otherwise():
-    entry = replace(LEAVES, columns={"text": "t", "labels": "labels"})
+    entry = replace(LEAVES, columns={"text": "t", "labels": "labels"}, task_type="text")
     counts = Counter(row["labels"] for row in rows(request_of(entry)))
     assert set(counts) == {0, 1, 2}
     assert max(counts.values()) - min(counts.values()) <= 1

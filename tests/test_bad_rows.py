@@ -320,7 +320,7 @@ def test_the_first_bad_row_of_a_set_is_a_warning_the_others_are_in_the_log(pictu
 @pytest.mark.parametrize(("workers", "on_error"), [(0, "skip"), (2, "synthetic")])
 def test_more_bad_rows_than_the_budget_are_an_error_that_shows_some(pictures, workers, on_error):
     with opened(pictures, config=PICTURES, on_error=on_error, options=options()) as dataset:
-        with pytest.raises(TooManyBadRowsError, match=r"row 5 of.*dataset\.quarantine.*max_bad=") as caught:
+        with pytest.raises(TooManyBadRowsError, match=r"(?s)row \d+ of.*dataset\.quarantine.*max_bad=") as caught:
             labels_of(DataLoader(dataset, batch_size=8, num_workers=workers))
         error = caught.value
         assert (error.source, error.num_rows, error.max_bad) == (dataset.name, ROWS, 0.01)
@@ -424,3 +424,27 @@ def test_what_is_at_hand_is_in_the_ring_or_fetched(pictures):
         dataset[list(range(ROWS))]
         found = dataset._reader.attach().are_at_hand(range(ROWS))
         assert [row for row, is_there in enumerate(found) if not is_there] == list(BAD)
+
+
+# ---- several sources --------------------------------------------------------------------------------------------
+
+
+def test_a_neighbour_is_of_the_same_source(pictures, tmp_path):
+    others = write_pictures(tmp_path / "d", 8, bad=[0, 7])
+    arguments = {"config": PICTURES, "on_error": "skip", "max_bad": 0.1, "options": options()}
+    with opened([pictures, others], **arguments) as dataset:
+        batch = dataset[[94, 95, 96, 97, 103]]
+        assert batch["labels"].tolist() == [94, 0, 1, 1, 1]
+        assert batch["source"] == [pictures] * 2 + [others] * 3
+        dataset[list(range(len(dataset)))]
+        found = [(entry["source"], entry["row"]) for entry in dataset.quarantine]
+        assert found == [*((pictures, row) for row in BAD), (others, 0), (others, 7)]
+
+
+def test_of_several_sources_a_made_up_sample_says_which_it_stands_in_for(pictures, tmp_path):
+    others = write_pictures(tmp_path / "d", 8, bad=[0, 7])
+    arguments = {"config": PICTURES, "on_error": "synthetic", "max_bad": 0.1, "options": options()}
+    with opened([pictures, others], **arguments) as dataset:
+        batch = dataset[[94, 95, 96, 97]]
+        assert batch["source"] == [pictures, f"{pictures} (synthetic)", f"{others} (synthetic)", others]
+        assert (batch["image"].dtype, batch["image"].shape) == (torch.uint8, (4, 3, 32, 32))

@@ -11,9 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from conftest import opened
-from hub import Hub, _Handler, serve
+from hub import Hub, serve
+from hub_server import _Handler
 from support_catalog import LEAVES, known, request_of
 from support_hub import ask, write_json
+from support_sets import write_table
 from torch.utils.data import DataLoader
 
 from shmloader import MultimodalConfig, ShmMultimodalDataset, ShmMultimodalIterableDataset
@@ -39,13 +41,13 @@ def some_plan(request: SourceRequest) -> SourcePlan:
 def failing(error: Exception, only_streaming: bool = False) -> Any:
     """A planner that raises ``error`` as the clients' libraries would."""
 
-    def plan_source(request: SourceRequest) -> SourcePlan:
+    def plan_entry(request: SourceRequest) -> SourcePlan:
         if only_streaming and request.is_downloaded:
             return some_plan(request)
         with translated(request, "open"):
             raise error
 
-    return plan_source
+    return plan_entry
 
 
 UNREACHABLE = ConnectionError("refused")
@@ -57,13 +59,13 @@ ANSWERS = [FileNotFoundError("no"), ValueError("a bad card"), PermissionError("g
 
 @pytest.mark.parametrize("asked", ["synthetic", "download", "error"])
 def test_what_can_be_had_is_taken_as_it_is(monkeypatch, asked):
-    monkeypatch.setattr(fallback, "plan_source", some_plan)
+    monkeypatch.setattr(fallback, "plan_entry", some_plan)
     plan = fallback.plan_with_fallback(request_of(LEAVES, fallback=asked))
     assert (plan.mode, plan.why, plan.warnings) == ("streaming", None, ())
 
 
 def test_what_cannot_be_reached_is_made_up_with_a_warning_that_says_so(monkeypatch):
-    monkeypatch.setattr(fallback, "plan_source", failing(UNREACHABLE))
+    monkeypatch.setattr(fallback, "plan_entry", failing(UNREACHABLE))
     plan = fallback.plan_with_fallback(request_of(LEAVES))
     assert (plan.name, plan.mode) == ("leaves (synthetic)", "synthetic")
     assert "cannot be reached" in plan.why
@@ -74,20 +76,20 @@ def test_what_cannot_be_reached_is_made_up_with_a_warning_that_says_so(monkeypat
 
 @pytest.mark.parametrize("asked", ["download", "error"])
 def test_nothing_is_made_up_where_that_is_not_allowed(monkeypatch, asked):
-    monkeypatch.setattr(fallback, "plan_source", failing(UNREACHABLE))
+    monkeypatch.setattr(fallback, "plan_entry", failing(UNREACHABLE))
     with pytest.raises(SourceError, match="cannot be reached"):
         fallback.plan_with_fallback(request_of(LEAVES, fallback=asked))
 
 
 @pytest.mark.parametrize("error", ANSWERS, ids=lambda error: type(error).__name__)
 def test_an_answer_is_an_error_whatever_is_allowed(monkeypatch, error):
-    monkeypatch.setattr(fallback, "plan_source", failing(error))
+    monkeypatch.setattr(fallback, "plan_entry", failing(error))
     with pytest.raises(SourceError):
         fallback.plan_with_fallback(request_of(LEAVES))
 
 
 def test_of_an_id_outside_of_the_catalog_nothing_can_be_made_up_and_the_error_says_why(monkeypatch):
-    monkeypatch.setattr(fallback, "plan_source", failing(UNREACHABLE))
+    monkeypatch.setattr(fallback, "plan_entry", failing(UNREACHABLE))
     with pytest.raises(SourceError, match=r"cannot be reached.*register_dataset.*fallback='error'") as caught:
         fallback.plan_with_fallback(SourceRequest("org/unknown", "train"))
     assert caught.value.dataset == "org/unknown"
@@ -102,7 +104,7 @@ def test_a_local_folder_that_is_not_there_is_an_error(tmp_path):
 @pytest.mark.parametrize("why", [NotImplementedError("TAR cannot be streamed"), NoRanges("whole files only")])
 @pytest.mark.parametrize("asked", ["synthetic", "download"])
 def test_what_cannot_be_streamed_is_downloaded_with_a_notice(monkeypatch, why, asked):
-    monkeypatch.setattr(fallback, "plan_source", failing(why, only_streaming=True))
+    monkeypatch.setattr(fallback, "plan_entry", failing(why, only_streaming=True))
     plan = fallback.plan_with_fallback(request_of(LEAVES, fallback=asked))
     assert (plan.mode, plan.resolved) == ("downloaded", {"is_downloaded": True})
     assert str(why) in plan.why
@@ -110,7 +112,7 @@ def test_what_cannot_be_streamed_is_downloaded_with_a_notice(monkeypatch, why, a
 
 
 def test_what_cannot_be_streamed_is_not_downloaded_where_that_is_not_allowed(monkeypatch):
-    monkeypatch.setattr(fallback, "plan_source", failing(NoRanges("whole files only"), only_streaming=True))
+    monkeypatch.setattr(fallback, "plan_entry", failing(NoRanges("whole files only"), only_streaming=True))
     with pytest.raises(SourceError, match=r"whole files only.*use_streaming=False"):
         fallback.plan_with_fallback(request_of(LEAVES, fallback="error"))
 
@@ -186,6 +188,17 @@ def test_a_dataset_whose_hub_is_dead_is_made_up_and_every_sample_says_so(dead_hu
     assert batch["labels"].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert batch["source"] == ["leaves (synthetic)"] * 8
     assert batch["task_type"] == ["vision"] * 8
+
+
+def test_each_of_several_datasets_falls_back_by_itself(monkeypatch, tmp_path, stack):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    own = write_table(tmp_path / "d", {"text": ["a", "b"]})
+    with pytest.warns(UserWarning, match="beans: SYNTHETIC DATA"):
+        dataset = stack.enter_context(opened(["beans", own]))
+    assert [source["mode"] for source in dataset.sources] == ["synthetic", "local"]
+    assert [source["why"] is None for source in dataset.sources] == [False, True]
+    assert dataset[[0, 1000, 1001]]["source"] == ["beans (synthetic)", own, own]
 
 
 @pytest.mark.parametrize("kind", [ShmMultimodalDataset, ShmMultimodalIterableDataset])

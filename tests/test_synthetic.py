@@ -17,6 +17,7 @@ from support_catalog import CHOICES, LEAVES, QUESTIONS, request_of
 
 from shmloader import MultimodalConfig, processors
 from shmloader.errors import EmptyDatasetError, SplitNotFoundError
+from shmloader.registry import built_in
 from shmloader.sources import open_reader
 from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.sources.rows import MEDIA_TYPE
@@ -60,7 +61,7 @@ def test_the_number_of_the_choice_is_one_of_the_choices():
 
 
 def test_all_classes_occur_alike_also_if_there_are_more_than_rows_otherwise():
-    entry = replace(LEAVES, columns={"text": "t", "labels": "labels"})
+    entry = replace(LEAVES, columns={"text": "t", "labels": "labels"}, task_type="text")
     counts = Counter(row["labels"] for row in rows(request_of(entry)))
     assert set(counts) == {0, 1, 2}
     assert max(counts.values()) - min(counts.values()) <= 1
@@ -132,7 +133,23 @@ def test_made_up_rows_go_through_the_processors_of_real_ones(entry):
     for processor in built:
         made = processor.begin(batch)
         assert all(set(made.shapes(i)) == {field.name for field in processor.fields} for i in range(batch.num_rows))
-    assert processors.schema_of(built, plan.name).task_type == entry.task_type
+    assert processors.schema_of(built, plan.name).task_types == (entry.task_type,)
+
+
+@pytest.mark.parametrize("entry", built_in(), ids=lambda entry: entry.name)
+def test_each_dataset_of_the_catalog_can_be_made_up(entry):
+    request = request_of(entry)
+    plan = plan_synthetic(request)
+    built = processors.build(plan.columns, MultimodalConfig(vision_dim=32))
+    assert processors.schema_of(built, plan.name).task_types == (entry.task_type,)
+    (_, batch) = next(open_reader(request, plan).read(replace(plan.chunks[0], num_rows=8)))
+    for processor in built:
+        made = processor.begin(batch)
+        for i in range(8):
+            shapes = made.shapes(i)
+            out = {f.name: np.zeros(shapes[f.name], f.numpy_dtype) for f in processor.fields if f.name in shapes}
+            made.write(i, out)
+            assert out
 
 
 def test_a_plan_of_made_up_rows_survives_its_journey():

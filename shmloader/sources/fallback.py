@@ -74,8 +74,8 @@ def _synthetic(request: SourceRequest, error: SourceError) -> SourcePlan:
 def _no_schema(request: SourceRequest, error: SourceError) -> SourceError:
     """The same error, and why there are no made-up rows."""
     return type(error)(
-        f"{error} (No synthetic data can stand in for it, since nobody has told its columns: it is no dataset of the "
-        "catalog, `shmloader datasets` lists these, and register_dataset was not called for it. fallback='error' asks "
+        f"{error} (No synthetic data can stand in for it, since nobody has told its columns: those of the catalog are "
+        "known, which `shmloader datasets` lists, and what register_dataset is told of others. fallback='error' asks "
         "for none.)",
         **error.data,
     )

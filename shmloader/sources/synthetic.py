@@ -14,7 +14,7 @@ import io
 import re
 import wave
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ def plan_synthetic(request: SourceRequest) -> SourcePlan:
     reader, more = SyntheticReader(request, plan), stream_bytes(schema)
     row_bytes = reader.rows(chunks[0], 4).nbytes // 4
     sizes = tuple(chunk.num_rows * row_bytes + more for chunk in chunks)
-    return SourcePlan(**{**vars(plan), "chunk_bytes": sizes, "num_bytes": sum(sizes)})
+    return replace(plan, chunk_bytes=sizes, num_bytes=sum(sizes))
 
 
 class SyntheticReader:
@@ -170,7 +170,8 @@ def _plant(tree: _Tree, path: str, kind: str) -> None:
         if not isinstance(inside, dict):  # this column is used as a whole, too
             return
         tree = inside
-    tree.setdefault(name, kind)
+    if kind == "choices" or name not in tree:  # a list can be read as text, too
+        tree[name] = kind
 
 
 def _type_of(kind: Any) -> pa.DataType:

@@ -118,6 +118,7 @@ def test_readers_do_not_write(path):
                 "seeding",
                 "worker_errors",
                 *DATASETS,
+                "compat",
                 "cli",
             },
         ),

@@ -87,7 +87,7 @@ def samples_in(built: Any, batch: pa.RecordBatch, name: str = "here") -> list[di
             samples.append(error)
             continue
         shared = {f.name: out[f.same_as] for f in schema.fields if f.same_as is not None and f.name in shapes}
-        samples.append({**out, **shared, "task_type": schema.task_type, "source": schema.sources[0]})
+        samples.append({**out, **shared, "task_type": schema.task_types[0], "source": schema.sources[0]})
     return samples
 
 

@@ -139,13 +139,13 @@ class _Handler(BaseHTTPRequestHandler):
         """Of a gated repository: what it is, and which files it has, but not these."""
         return parts[:1] == ["api"]
 
-    def _write(self, data: bytes) -> None:
-        """Send the body, or what the fault lets through."""
+    def _write(self, data: bytes, is_file: bool = False) -> None:
+        """Send the body, or what the fault lets through. is_file: a file's contents, which are counted."""
         fault = self.fault
         is_broken = fault is not None and fault.after is not None and fault.after < len(data)
         if fault is not None and fault.after is not None:
             data = data[: fault.after]
-        self.num_written = len(data)
+        self.num_written = len(data) if is_file else 0
         self._count()
         self.wfile.write(data)
         if is_broken:
@@ -237,7 +237,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with path.open("rb") as file:
             file.seek(start)
-            self._write(file.read(stop - start))
+            self._write(file.read(stop - start), is_file=True)
 
     def _json(self, value: object) -> None:
         self._send(200, json.dumps(value).encode(), {})

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import torch
 from conftest import NUM_ROWS
+
+# The services need `make_row`, and not what is imported here: torch alone takes each of them two seconds.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 EVERY_ROW = list(range(NUM_ROWS))
 

@@ -39,8 +39,16 @@ def noise(sample: dict[str, Any]) -> dict[str, Any]:
     return sample
 
 
+@pytest.fixture(scope="module")
+def noisy(rows_path: str) -> Iterator[ShmMultimodalDataset]:
+    """For tests that say the epoch themselves, or do not depend on it."""
+    with opened(rows_path, process=make_row, transform=noise) as made:
+        yield made
+
+
 @pytest.fixture
-def noisy(rows_path: str, make_dataset: Any) -> ShmMultimodalDataset:
+def fresh(rows_path: str, make_dataset: Any) -> ShmMultimodalDataset:
+    """As `noisy`, for one test alone."""
     made: ShmMultimodalDataset = make_dataset(rows_path, process=make_row, transform=noise)
     return made
 
@@ -73,20 +81,20 @@ def test_transform_without_set_epoch_is_new_in_each_epoch(rows_path: str, make_d
     assert not (by_workers[0][0] == by_workers[0][1]).any()
 
 
-def test_transform_follows_the_seed(noisy: Any) -> None:
-    noisy.set_epoch(0)
-    first = noises(noisy, 0)
-    noisy.seed = 1
-    assert not (noises(noisy, 1) == first).any()
+def test_transform_follows_the_seed(fresh: Any) -> None:
+    fresh.set_epoch(0)
+    first = noises(fresh, 0)
+    fresh.seed = 1
+    assert not (noises(fresh, 1) == first).any()
 
 
-def test_set_epoch_reaches_persistent_workers(noisy: Any) -> None:
+def test_set_epoch_reaches_persistent_workers(fresh: Any) -> None:
     """Also when the workers started before it was ever called."""
-    loader = DataLoader(noisy, batch_size=16, num_workers=2, persistent_workers=True)
+    loader = DataLoader(fresh, batch_size=16, num_workers=2, persistent_workers=True)
     epochs: list[torch.Tensor] = []
     for epoch in (None, 7, 8, 7):
         if epoch is not None:
-            noisy.set_epoch(epoch)
+            fresh.set_epoch(epoch)
         epochs.append(torch.cat([batch["noise"] for batch in loader]))
     assert torch.equal(epochs[1], epochs[3])
     assert not (epochs[1] == epochs[2]).any()

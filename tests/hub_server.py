@@ -103,6 +103,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
         self._count()
 
+    def end_headers(self) -> None:
+        """Before they are sent: an answer without a body is whole with them."""
+        if self.command == "HEAD":
+            self._count()
+        super().end_headers()
+
     def _count(self) -> None:
         """Note the request, once. Before the end of its body is sent: who has that may ask what was counted."""
         if not self.is_counted:
@@ -251,6 +257,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
+        if not body:
+            self._count()
         self.end_headers()
         if self.command != "HEAD":
             self._write(body)

@@ -10,6 +10,7 @@ import logging
 import pickle
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Self
 
 import numpy as np
@@ -184,14 +185,12 @@ def create_multimodal_dataloaders(
     Raises:
         As `ShmMultimodalDataset`; SplitNotFoundError: there is no validation split.
     """
-    made: list[MultimodalDataset] = []
-    try:
-        for split in ("train", "validation"):
-            made.append(MultimodalDataset(config, tokenizer, split, dataset_name, task_type, **arguments))
-    except BaseException:
-        for dataset in made:
-            dataset.close()
-        raise
+    with ExitStack() as stack:  # one that is made is closed if the other cannot be
+        made = [
+            stack.enter_context(MultimodalDataset(config, tokenizer, split, dataset_name, task_type, **arguments))
+            for split in ("train", "validation")
+        ]
+        stack.pop_all()
     train, validation = (
         DataLoader(
             dataset,

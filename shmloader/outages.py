@@ -54,8 +54,8 @@ class Outages:
         head = _HEAD.pack(chunk + 1, time.monotonic(), len(body), zlib.crc32(body))
         os.pwrite(self._fd, head, _HEADS_AT + index * _HEAD.size)
 
-    def of(self, chunks: Collection[int], since_s: float) -> ShmloaderError | None:
-        """Why one of ``chunks`` could not be fetched after ``since_s`` (monotonic); None: none of them failed."""
+    def of(self, chunks: Collection[int], since_s: float) -> tuple[int, ShmloaderError] | None:
+        """One of ``chunks`` that could not be fetched after ``since_s`` (monotonic), and why; None: none failed."""
         heads = os.pread(self._fd, _NUM * _HEAD.size, _HEADS_AT)
         for index, (told, at_s, num_bytes, checksum) in enumerate(
             _HEAD.iter_unpack(heads[: len(heads) // _HEAD.size * _HEAD.size])
@@ -64,5 +64,5 @@ class Outages:
                 continue
             body = os.pread(self._fd, num_bytes, _BODIES_AT + index * _BODY_BYTES)
             if zlib.crc32(body) == checksum:  # else it is being written
-                return from_wire(json.loads(body))
+                return told - 1, from_wire(json.loads(body))
         return None

@@ -326,8 +326,17 @@ class Ring:
 
     def _outage(self, refs: Refs, since_s: float) -> ShmloaderError | None:
         """Why a chunk of what is missing could not be fetched since then, though it will be tried again."""
-        chunks = {chunk for status, chunk in refs.statuses() if status == native.MISSING}
-        return Outages(self.files.deaths_fd).of(chunks, since_s) if chunks else None
+        rows = {
+            chunk: row
+            for row, (status, chunk) in zip(refs.ids, refs.statuses(), strict=True)
+            if status == native.MISSING
+        }
+        found = Outages(self.files.deaths_fd).of(rows, since_s) if rows else None
+        if found is None:
+            return None
+        chunk, error = found
+        error.at = rows[chunk], chunk
+        return error
 
     def _timed_out(self, refs: Refs, waited_s: float, describe: Callable[[int], str]) -> WaitTimeoutError:
         missing = [row for row, (status, _) in zip(refs.ids, refs.statuses(), strict=True) if status == native.MISSING]

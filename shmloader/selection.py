@@ -47,10 +47,11 @@ def select(dataset_name: Any, task_type: str | None, request: SourceRequest) -> 
         for _, entry in found:
             _check_fits(entry, task_type)
     names = [_shown(dataset) for dataset, _ in found]
-    _check_process(found, request)
     _check_different([dataset for dataset, _ in found])
     loads = _shares("load", request.load, names, set())
     columns = _shares("columns", request.columns, names, set(ROLES))
+    if not request.all_columns:
+        _check_process([entry for (_, entry), column in zip(found, columns, strict=True) if column is None], len(found))
     return tuple(
         replace(
             request,
@@ -133,10 +134,10 @@ def _check_fits(entry: DatasetConfig | None, task_type: str | None) -> None:
         )
 
 
-def _check_process(found: Sequence[tuple[Any, DatasetConfig | None]], request: SourceRequest) -> None:
+def _check_process(entries: Sequence[DatasetConfig | None], num_datasets: int) -> None:
     """Raise if one of several has a ``process`` of its own: what it returns is known too late to lie beside others."""
-    own = [entry.name for _, entry in found if entry is not None and entry.process is not None]
-    if own and len(found) > 1 and not request.all_columns and request.columns is None:
+    own = [entry.name for entry in entries if entry is not None and entry.process is not None]
+    if own and num_datasets > 1:
         raise OptionError(
             f"{own[0]!r} was registered with a process= of its own, so it cannot be one of several datasets: they need "
             "one for all. Give process= to the constructor.",

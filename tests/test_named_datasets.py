@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,9 +31,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 @pytest.fixture(scope="module")
-def found(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Found]:
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Below it are the caches that the downloads have left."""
+    return tmp_path_factory.mktemp("downloaded")
+
+
+@pytest.fixture(scope="module")
+def found(hub: Hub, downloads: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Found]:
     """What each name gives in each way; offline with what the downloads have left."""
-    streamed, downloaded = (tmp_path_factory.mktemp(way) for way in WAYS[:2])
+    streamed, downloaded = tmp_path_factory.mktemp("streamed"), downloads
     all_of = {
         "streamed": ask_named(hub, [(name, {}) for name in NAMES], streamed),
         "downloaded": ask_named(hub, [(name, {"is_downloaded": True}) for name in NAMES], downloaded),
@@ -89,6 +96,15 @@ def test_loading_scripts_are_read_from_the_parquet_copy_of_their_configuration(f
     config = {"financial_phrasebank": "sentences_allagree", "logiqa": "default"}[name]
     assert told.plan["revision"] == hub.commit(repo, "refs/convert/parquet")
     assert all(f"/{config}/train/" in shard for shard in told.plan["shards"])
+
+
+@pytest.mark.parametrize(("name", "repo"), [("logiqa", "lucasmccabe/logiqa"), ("beans", "AI-Lab-Makerere/beans")])
+def test_cache_remembers_the_branch_that_was_downloaded_and_no_other(found, downloads, hub, name, repo):
+    refs = downloads / "home" / "hub" / f"datasets--{repo.replace('/', '--')}" / "refs"
+    branch = "main" if name == "beans" else "refs/convert/parquet"
+    (kept,) = [path for path in refs.rglob("*") if path.is_file()]
+    assert kept.relative_to(refs).as_posix() == branch
+    assert kept.read_text() == hub.commit(repo, branch)
 
 
 @pytest.mark.parametrize("name", ["clotho_aqa", "ds1000"])

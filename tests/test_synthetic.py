@@ -16,7 +16,7 @@ from PIL import Image
 from support_catalog import CHOICES, LEAVES, QUESTIONS, request_of
 
 from shmloader import MultimodalConfig, processors
-from shmloader.errors import EmptyDatasetError, SplitNotFoundError
+from shmloader.errors import EmptyDatasetError, OptionError
 from shmloader.registry import built_in
 from shmloader.sources import open_reader
 from shmloader.sources.base import SourcePlan, SourceRequest
@@ -166,7 +166,7 @@ def test_a_slice_has_the_rows_that_it_has_of_the_whole():
 
 @pytest.mark.parametrize("split", ["train[", "train[5:4%]x", "", "a b"])
 def test_what_is_no_split_is_an_error(split):
-    with pytest.raises(SplitNotFoundError, match="is no split, and no slice or sum"):
+    with pytest.raises(OptionError, match="the name of a split, or splits of the form"):
         plan_synthetic(request_of(LEAVES, split))
 
 

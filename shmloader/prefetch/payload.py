@@ -47,9 +47,9 @@ class Work:
     process: Any
     train_on_prompt: bool = False
 
-    def process_of(self, source: int = 0) -> Any:
-        """The function that takes the whole rows of a source: the user's, or the one registered with its name."""
-        request = self.requests[source]
+    def process_of(self) -> Any:
+        """The function that takes whole rows: the user's, or the one registered with the name of a single dataset."""
+        request = self.requests[0]
         if self.process is not None or request.entry is None or request.columns is not None:
             return self.process
         return request.entry.process

@@ -18,7 +18,7 @@ log = logging.getLogger("shmloader.planner")
 
 def make_plan(fds: dict[str, int], window_bytes: int) -> SetPlan:
     """The plan of the payload's requests; loads all of the user's objects, so that what is wrong shows now."""
-    from shmloader.prefetch.recipes import has_process, recipes_of, schema_of
+    from shmloader.prefetch.recipes import recipes_of, schema_of
     from shmloader.sources import make_plan as plan_sources
 
     began = time.monotonic()
@@ -33,7 +33,7 @@ def make_plan(fds: dict[str, int], window_bytes: int) -> SetPlan:
         time.monotonic() - loaded,
     )  # fmt: skip
     schema = None
-    if not has_process(source, work):
+    if work.process_of() is None:
         schema = schema_of(recipes_of(source, work), source)
         log.debug("fields of a sample: %s", describe_fields(schema))
     return SetPlan(source, schema, window_bytes)

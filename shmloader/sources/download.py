@@ -21,7 +21,7 @@ from shmloader.options import size_text
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.blame import chain
 from shmloader.sources.hub import HubFiles, cached_copy, is_remote, parts_of
-from shmloader.sources.hub_cache import folder_of, remember_files, repo_of
+from shmloader.sources.hub_cache import CONVERSION, cached_commit, folder_of, remember_files, repo_of
 from shmloader.sources.patience import STALL_S, ServerGivenUp
 from shmloader.sources.resolve import source_name, translated
 
@@ -134,7 +134,9 @@ def _fetch(request: SourceRequest, paths: Sequence[str]) -> None:
         disk_needed(request, cache, max(num_bytes - have, 0), "HF_HOME (or HF_HUB_CACHE)"),
         Progress(f"{name}: downloaded", num_bytes, written),
     ):
-        own = [path for path in paths if (places[path] or ("",))[0] == repo_of(name)]
+        repo = repo_of(name)
+        copied = None if repo is None else cached_commit(repo, CONVERSION)  # conversion.py has that branch remembered
+        own = [path for path, place in places.items() if place is not None and place[0] == repo and place[1] != copied]
         if own:  # for a start without the Hub
             smallest = places[min(own, key=sizes.__getitem__)]
             assert smallest is not None

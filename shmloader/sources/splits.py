@@ -35,25 +35,35 @@ def plan_expression(request: SourceRequest, plan_split: Callable[[SourceRequest]
         OptionError: it is no such expression. SplitNotFoundError: there is no split of a name in it.
         EmptyDatasetError: it stands for no rows. SourceError: a split has no known length. What ``plan_split`` raises.
     """
-    instructions = _parsed(request)
-    names = dict.fromkeys(one.splitname for one in instructions._relative_instructions)
-    plans = {name: _planned(request, name, plan_split) for name in names}
+    plans = {name: _planned(request, name, plan_split) for name in _names(_parsed(request))}
     for name, plan in plans.items():
         if plan.is_open:
             if front_of(request.split) is None:
                 raise _no_length(request, name)
             return replace(plan, split=request.split, resolved={**plan.resolved, "split": request.split})
-    try:
-        absolute = instructions.to_absolute({name: plan.num_rows for name, plan in plans.items()})
-    except ValueError as error:  # a rounding that leaves nothing of so few rows
-        raise _bad_split(request, str(error)) from error
-    pieces = [Piece(plans[one.splitname], one.from_, one.to) for one in absolute if one.from_ < one.to]
+    pieces = [Piece(plans[name], *rows) for name, *rows in ranges(request, lambda name: plans[name].num_rows)]
     if not pieces:
         raise empty_dataset(request)
     first = pieces[0].plan
     for piece in pieces[1:]:
         _check_alike(request, first, piece.plan)
     return joined(pieces, replace(first, split=request.split, resolved={}))
+
+
+def ranges(request: SourceRequest, num_rows: Callable[[str], int | None]) -> list[tuple[str, int, int]]:
+    """(split, first row, end) of what the requested split is the sum of, without empty ones.
+
+    num_rows: of a split by its name.
+
+    Raises:
+        OptionError: it is no split, and no slice or sum of splits.
+    """
+    parsed = _parsed(request)
+    try:
+        absolute = parsed.to_absolute({name: num_rows(name) for name in _names(parsed)})
+    except ValueError as error:  # a rounding that leaves nothing of so few rows
+        raise _bad_split(request, str(error)) from error
+    return [(one.splitname, one.from_, one.to) for one in absolute if one.from_ < one.to]
 
 
 def front_of(split: str) -> tuple[str, int, int | None] | None:
@@ -88,6 +98,10 @@ def _parsed(request: SourceRequest) -> Any:
         return ReadInstruction.from_spec(request.split)
     except (ValueError, AssertionError) as error:
         raise _bad_split(request, str(error)) from error
+
+
+def _names(parsed: Any) -> dict[str, None]:
+    return dict.fromkeys(one.splitname for one in parsed._relative_instructions)
 
 
 def _planned(request: SourceRequest, name: str, plan_split: Callable[[SourceRequest], SourcePlan]) -> SourcePlan:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from shmloader.errors import EmptyDatasetError, SplitNotFoundError
+from shmloader.column_path import choice_of
+from shmloader.errors import EmptyDatasetError
 from shmloader.sources.base import SYNTHETIC, Chunk, Columns, SourcePlan, SourceRequest
 from shmloader.sources.rows import BATCH_ROWS, MEDIA_TYPE, stream_bytes
 
@@ -42,7 +43,6 @@ _WORDS = (
 
 #: What is in a column: of each role the kind of its values.
 _KINDS = {"text": "text", "target": "text", "image": "image", "audio": "audio", "labels": "label"}
-_CHOICE = re.compile(r"(?P<choices>[^\[\]]+)\[(?P<choice>[^\[\]]+)\]")
 
 #: Column, or name inside a struct → kind of its values, or what is inside of it.
 _Tree = dict[str, Any]
@@ -73,7 +73,7 @@ def plan_synthetic(request: SourceRequest) -> SourcePlan:
     Each split has `NUM_ROWS` rows, of which a slice (``train[:10%]``) has its part.
 
     Raises:
-        SplitNotFoundError: the split is no split and no slice or sum of such. EmptyDatasetError: it has no rows.
+        OptionError: the split is no split and no slice or sum of such. EmptyDatasetError: it has no rows.
     """
     chosen = _columns_of(request)
     assert chosen is not None
@@ -154,12 +154,13 @@ def _tree(chosen: Mapping[str, Any]) -> _Tree:
     tree: _Tree = {}
     for role, paths in chosen.items():
         for path in paths if isinstance(paths, list | tuple) else (paths,):
-            choice = _CHOICE.fullmatch(path)
-            if choice is None:
+            found = choice_of(path)
+            if found is None:
                 _plant(tree, path, _KINDS[role])
             else:
-                _plant(tree, choice["choices"], "choices")
-                _plant(tree, choice["choice"], "choice")
+                choices, choice = found
+                _plant(tree, choices, "choices")
+                _plant(tree, choice, "choice")
     return tree
 
 
@@ -211,20 +212,9 @@ def _parts(request: SourceRequest, num_rows: int) -> list[tuple[str, int, int]]:
     """(split, first row, end) of each part of the split that is asked for."""
     if re.fullmatch(r"\w+(\.\w+)*", request.split):
         return [(request.split, 0, num_rows)]
-    from datasets import ReadInstruction
+    from shmloader.sources.splits import ranges
 
-    names = [part.split("[")[0].strip() for part in request.split.split("+")]
-    try:
-        found = ReadInstruction.from_spec(request.split).to_absolute(dict.fromkeys(names, num_rows))
-    except (ValueError, AssertionError) as error:
-        raise SplitNotFoundError(
-            f"{request.dataset}: {request.split!r} is no split, and no slice or sum of splits as datasets writes them, "
-            f"'train[:95%]' for example ({error})",
-            dataset=str(request.dataset),
-            split=request.split,
-            available=[],
-        ) from error
-    return [(part.splitname, part.from_, part.to) for part in found]
+    return ranges(request, lambda name: num_rows)
 
 
 # ---- values ----------------------------------------------------------------------------------------------

@@ -116,6 +116,38 @@ static void errors_of_rows_count_and_those_of_chunks_do_not(void)
     check_stage(writer);
 }
 
+/* A writer, and what it is writing. */
+typedef struct {
+    shml_seg_t *seg;
+    shml_ticket_t open[8];
+    int num_open;
+} hand_t;
+
+/* It reserves, commits, gives up or dies (op: 0 to 7), or the mutex and everything derived is found wrong. */
+static void hand_step(hand_t *hand, uint64_t op, uint64_t id, uint64_t num_bytes, int urgent)
+{
+    switch (op) {
+    case 0:
+        bury(writer, hand->seg); /* with all that it was writing */
+        *hand = (hand_t){.seg = enter(SHML_SERVICE)};
+        break;
+    case 1: break_mutex(); break;
+    case 2:
+    case 3:
+        if (hand->num_open > 0)
+            CHECK_EQ(shml_commit(hand->seg, &hand->open[--hand->num_open], (uint32_t)(id % 5 == 0)), SHML_OK);
+        break;
+    case 4:
+        if (hand->num_open > 0)
+            CHECK_EQ(shml_abort(hand->seg, &hand->open[--hand->num_open]), SHML_OK);
+        break;
+    default:
+        if (hand->num_open < 8 &&
+            shml_reserve(hand->seg, id % NUM_RECORDS, num_bytes, NULL, urgent, &hand->open[hand->num_open]) == SHML_OK)
+            hand->num_open++;
+    }
+}
+
 /* Writers that reserve, commit, give up and die at random, some of them with the mutex and everything derived wrong. */
 static void never_more_stay_whatever_happens(void)
 {
@@ -123,32 +155,10 @@ static void never_more_stay_whatever_happens(void)
         uint64_t random = seed, most = 1 + test_random(&random) % (NUM_RECORDS / 2);
         test_note("seed %llu", (unsigned long long)seed);
         new_cast(most);
-        shml_ticket_t open[8];
-        int num_open = 0;
-        shml_seg_t *hand = enter(SHML_SERVICE);
+        hand_t hand = {.seg = enter(SHML_SERVICE)};
         for (int step = 0; step < 150; step++) {
             uint64_t draw = test_random(&random), id = draw >> 32;
-            switch (draw % 8) {
-            case 0:
-                bury(writer, hand); /* with all that it was writing */
-                hand = enter(SHML_SERVICE);
-                num_open = 0;
-                break;
-            case 1: break_mutex(); break;
-            case 2:
-            case 3:
-                if (num_open > 0)
-                    CHECK_EQ(shml_commit(hand, &open[--num_open], (uint32_t)(id % 5 == 0)), SHML_OK);
-                break;
-            case 4:
-                if (num_open > 0)
-                    CHECK_EQ(shml_abort(hand, &open[--num_open]), SHML_OK);
-                break;
-            default:
-                if (num_open < 8 &&
-                    shml_reserve(hand, id % NUM_RECORDS, 64 + id % 128, NULL, 0, &open[num_open]) == SHML_OK)
-                    num_open++;
-            }
+            hand_step(&hand, draw % 8, id, 64 + id % 128, 0);
             CHECK(num_resident() <= most);
         }
         check_stage(writer);
@@ -302,33 +312,13 @@ static void never_more_pass_whatever_happens(void)
         uint64_t random = seed, most = 1 + test_random(&random) % 20;
         test_note("seed %llu", (unsigned long long)seed);
         new_passage(most);
-        shml_ticket_t open[8];
-        int num_open = 0;
-        shml_seg_t *hand = enter(SHML_SERVICE);
+        hand_t hand = {.seg = enter(SHML_SERVICE)};
         for (int step = 0; step < 150; step++) {
             uint64_t draw = test_random(&random), id = draw >> 32;
-            switch (draw % 9) {
-            case 0:
-                bury(writer, hand);
-                hand = enter(SHML_SERVICE);
-                num_open = 0;
-                break;
-            case 1: break_mutex(); break;
-            case 2:
-            case 3:
-                if (num_open > 0)
-                    CHECK_EQ(shml_commit(hand, &open[--num_open], (uint32_t)(id % 5 == 0)), SHML_OK);
-                break;
-            case 4:
-                if (num_open > 0)
-                    CHECK_EQ(shml_abort(hand, &open[--num_open]), SHML_OK);
-                break;
-            case 5: (void)get(reader, (uint64_t[]){id % NUM_RECORDS, NUM_RECORDS - 1}, 2, SHML_GET_POST, NULL); break;
-            default:
-                if (num_open < 8 && shml_reserve(hand, id % NUM_RECORDS, 64 + id % 900, NULL, (int)(id % 2),
-                                                 &open[num_open]) == SHML_OK)
-                    num_open++;
-            }
+            if (draw % 9 == 8)
+                (void)get(reader, (uint64_t[]){id % NUM_RECORDS, NUM_RECORDS - 1}, 2, SHML_GET_POST, NULL);
+            else
+                hand_step(&hand, draw % 9, id, 64 + id % 900, (int)(id % 2));
             CHECK(num_passing() <= most);
         }
         check_stage(writer);

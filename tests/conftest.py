@@ -8,6 +8,7 @@ import io
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,9 @@ from shmloader import MultimodalConfig, Options, ShmMultimodalDataset
 
 # Warnings are errors in the services as well, and in all other programs that tests start.
 os.environ["PYTHONWARNINGS"] = "error"
+# A shell that runs the tests in the background has them ignore it, and all programs that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 #: Pixels of a side of the test images: small, so that decoding costs nothing.
 SIDE = 16

@@ -11,6 +11,7 @@ import tempfile
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import cloudpickle
@@ -186,7 +187,8 @@ def test_what_is_not_there_or_ended_is_not_verified() -> None:
 
     from shmloader.reader import Reader
 
-    reader = Reader(None, Plan(), 1.0, verify=True)  # type: ignore[arg-type]
+    files = SimpleNamespace(ring=SimpleNamespace(quarantine_fd=-1))
+    reader = Reader(files, Plan(), 1.0, verify=True)  # type: ignore[arg-type]
     packed = REF.pack(0, 0, 0, 0, native.END, 0) + REF.pack(0, 0, 0, 0, native.MISSING, 0)
     assert reader.damage_of(Refs([1, 2], packed, None)) is None  # type: ignore[arg-type]
 

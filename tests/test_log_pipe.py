@@ -355,9 +355,7 @@ def test_each_step_is_told_at_debug_level(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_batches_of_workers_bring_what_was_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     gate = Gate(tmp_path / "gate")
-    # One prefetcher: of two, both could be at the gate with later chunks before the first is there.
-    options = Options(ring_bytes="1MiB", prefetchers=1, timeout_s=30)
-    with make(write_numbers(tmp_path / "d", 64), process=gated(gate, 16), options=options) as dataset:
+    with make(write_numbers(tmp_path / "d", 64), process=gated(gate, 16)) as dataset:
         batches = iter(DataLoader(dataset, 4, num_workers=1, prefetch_factor=1))
         next(batches)
         kill(*wait_until(lambda: prefetchers_of(dataset)))

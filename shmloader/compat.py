@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from shmloader.dataset import ShmMultimodalDataset
 from shmloader.errors import OptionError
 from shmloader.iterable import ShmMultimodalIterableDataset
 from shmloader.permutation import whole_number
+from shmloader.sources.features import item_of
 
 __all__ = ["MultimodalDataset", "StreamingDatasetWrapper", "collate_fn", "create_multimodal_dataloaders"]
 
@@ -132,17 +134,24 @@ class _Pickled:
         self._features = features
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        decoded = {name: self._decoded(name, value) for name, value in row.items()}
+        features = self._features or {}
+        decoded = {name: _decoded(features.get(name), value) for name, value in row.items()}
         return {"row": np.frombuffer(pickle.dumps(decoded, protocol=5), np.uint8)}
 
-    def _decoded(self, name: str, value: Any) -> Any:
-        feature = None if self._features is None else self._features.get(name)
-        if value is None or feature is None or not getattr(feature, "decode", False):
-            return value
-        kind = type(feature).__name__
-        if kind == "Image":
-            return feature.decode_example(value)
-        return _clip(value, feature.sampling_rate) if kind == "Audio" else value
+
+def _decoded(feature: Any, value: Any) -> Any:
+    """``value`` with the images and clips in it decoded, however deep. feature: None: not known."""
+    if value is None or feature is None:
+        return value
+    kind = type(feature).__name__
+    if kind == "Image" and feature.decode:
+        return feature.decode_example(value)
+    if kind == "Audio" and feature.decode:
+        return _clip(value, feature.sampling_rate)
+    if isinstance(feature, Mapping):
+        return {name: _decoded(feature.get(name), inner) for name, inner in value.items()}
+    item = item_of(feature)
+    return [_decoded(item, inner) for inner in value] if item is not None and isinstance(value, list) else value
 
 
 def _clip(value: Mapping[str, Any], rate: int | None) -> dict[str, Any]:
@@ -173,32 +182,61 @@ def create_multimodal_dataloaders(
     dataset_name: Any = "auto",
     task_type: str | None = None,
     *,
+    splits: tuple[str, str] | None = None,
     num_workers: int = _NUM_WORKERS,
     seed: int = 0,
     **arguments: Any,
 ) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """Two DataLoaders, for training (shuffled, each epoch anew) and for validation (in the data's order).
 
-    arguments: further ones of `ShmMultimodalDataset`. The splits are "train" and "validation"; what a named dataset has
-    in place of a split that it lacks, docs/datasets.md tells.
+    splits: of training and of validation; None: "train" and "validation", but where a named dataset has no validation
+        split, and the end of another one is taken for it (docs/datasets.md), training has the rest of that.
+    arguments: further ones of `ShmMultimodalDataset`.
 
     Raises:
-        As `ShmMultimodalDataset`; SplitNotFoundError: there is no validation split.
+        As `ShmMultimodalDataset`; SplitNotFoundError: there is no validation split. OptionError: training would have
+            the rows of validation, of several datasets with others in the place of their validation splits, say.
     """
-    with ExitStack() as stack:  # one that is made is closed if the other cannot be
-        made = [
-            stack.enter_context(MultimodalDataset(config, tokenizer, split, dataset_name, task_type, **arguments))
-            for split in ("train", "validation")
-        ]
-        stack.pop_all()
-    train, validation = (
-        DataLoader(
-            dataset,
-            batch_size=batch_size,
-            sampler=dataset.sampler(shuffle=shuffle, seed=seed),
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
+    train_split, validation_split = splits or ("train", "validation")
+
+    def open_split(split: str) -> MultimodalDataset:
+        return MultimodalDataset(config, tokenizer, split, dataset_name, task_type, **arguments)
+
+    with ExitStack() as stack:  # what was made is closed if the rest cannot be
+        validation = stack.enter_context(open_split(validation_split))
+        if splits is None:
+            train_split = _rest_of(validation)
+        train = stack.enter_context(open_split(train_split))
+        loaders = tuple(
+            DataLoader(
+                dataset,
+                batch_size=batch_size,
+                sampler=dataset.sampler(shuffle=dataset is train, seed=seed),
+                num_workers=num_workers,
+                persistent_workers=num_workers > 0,
+            )
+            for dataset in (train, validation)
         )
-        for dataset, shuffle in zip(made, (True, False), strict=True)
+        stack.pop_all()
+    return loaders[0], loaders[1]
+
+
+def _rest_of(validation: MultimodalDataset) -> str:
+    """The split to train on, which has no row of ``validation``."""
+    rest = set()
+    for source in validation.sources:
+        tail = re.fullmatch(r"(\w+)\[(\d+%?):\]", source["split"])
+        if tail is not None:
+            rest.add(f"{tail[1]}[:{tail[2]}]")
+        else:
+            rest.add("train")
+    if len(rest) == 1:
+        return rest.pop()
+    raise OptionError(
+        f"{validation.name}: some of these datasets have no validation split, and a part of another split is taken in "
+        "its place, others have one; so there is no split that all of them could train on. Make the datasets one by "
+        "one, or name two splits that all of them have with splits=.",
+        name="splits",
+        value="None",
+        allowed="the splits of training and of validation",
     )
-    return train, validation

@@ -13,7 +13,7 @@ import torch
 from conftest import NUM_ROWS, SIDE, no_leaks, small_options, text_of
 from torch.utils.data import DataLoader
 
-from shmloader import MultimodalConfig
+from shmloader import DatasetConfig, MultimodalConfig, Repo, register_dataset
 from shmloader.compat import MultimodalDataset, StreamingDatasetWrapper, collate_fn, create_multimodal_dataloaders
 from shmloader.errors import OptionError, SplitNotFoundError
 
@@ -148,6 +148,52 @@ def test_two_loaders_are_made_and_the_first_is_shuffled(tmp_path: Any) -> None:
     assert sorted(texts[0]) == [f"train {i:02}" for i in range(40)] != texts[0]
     for loader in (train, validation):
         loader.dataset.close()
+
+
+def test_training_has_no_row_of_a_validation_split_that_is_a_part_of_it(tmp_path: Any) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(f'{{"text": "{i:03}"}}\n' for i in range(100)))
+    entry = DatasetConfig("mine_alone", Repo(str(tmp_path), splits={"validation": "train[95%:]"}), {"text": "text"})
+    register_dataset(entry, replace=True)
+    loaders = create_multimodal_dataloaders(None, None, 10, "mine_alone", num_workers=0, options=small_options())
+    rows = [{int(bytes(row.tolist())) for batch in loader for row in batch["text"]} for loader in loaders]
+    assert rows == [set(range(95)), set(range(95, 100))]
+    for loader in loaders:
+        loader.dataset.close()
+
+
+def test_splits_may_be_named(tmp_path: Any) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(f'{{"text": "{i}"}}\n' for i in range(8)))
+    loaders = create_multimodal_dataloaders(
+        None, None, 4, str(tmp_path), splits=("train[:6]", "train[6:]"), num_workers=0, options=small_options()
+    )
+    assert [len(loader.dataset) for loader in loaders] == [6, 2]
+    for loader in loaders:
+        loader.dataset.close()
+
+
+def test_nested_images_are_decoded(images_path: str) -> None:
+    images = datasets.load_dataset(images_path, split="train")[:3]["image"]
+    features = datasets.Features(pages=datasets.List(datasets.Image()), cover={"front": datasets.Image()})
+    rows = datasets.Dataset.from_dict(
+        {"pages": [[image, image] for image in images], "cover": [{"front": image} for image in images]},
+        features=features,
+    )
+    with wrapped(rows) as found:
+        for row, expected in zip(found, rows, strict=True):
+            assert len(row["pages"]) == 2
+            for one, other in (
+                (row["pages"][1], expected["pages"][1]),
+                (row["cover"]["front"], expected["cover"]["front"]),
+            ):
+                assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_loaders_that_cannot_be_made_leave_no_set_behind(tmp_path: Any) -> None:
+    (tmp_path / "train.jsonl").write_text('{"text": "x"}\n' * 4)
+    with no_leaks(), pytest.raises(ValueError, match="batch_size"):
+        create_multimodal_dataloaders(
+            None, None, 0, str(tmp_path), splits=("train", "train[:1]"), num_workers=0, options=small_options()
+        )
 
 
 def test_a_missing_split_leaves_no_set_behind(texts_path: str) -> None:

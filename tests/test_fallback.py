@@ -111,6 +111,16 @@ def test_what_cannot_be_streamed_is_downloaded_with_a_notice(monkeypatch, why, a
     assert any("downloaded, since it cannot be streamed" in notice for notice in plan.notices)
 
 
+def test_what_can_neither_be_streamed_nor_downloaded_is_made_up(monkeypatch):
+    def plan_entry(request: SourceRequest) -> Any:
+        return failing(UNREACHABLE if request.is_downloaded else NoRanges("whole files only"))(request)
+
+    monkeypatch.setattr(fallback, "plan_entry", plan_entry)
+    assert fallback.plan_with_fallback(request_of(LEAVES)).mode == "synthetic"
+    with pytest.raises(SourceError, match="cannot be reached"):
+        fallback.plan_with_fallback(request_of(LEAVES, fallback="download"))
+
+
 def test_what_cannot_be_streamed_is_not_downloaded_where_that_is_not_allowed(monkeypatch):
     monkeypatch.setattr(fallback, "plan_entry", failing(NoRanges("whole files only"), only_streaming=True))
     with pytest.raises(SourceError, match=r"whole files only.*use_streaming=False"):

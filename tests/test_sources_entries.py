@@ -117,32 +117,75 @@ def test_split_that_nothing_stands_for_is_the_error_that_it_was(asked):
         ("validation", ["train", "test"], "test"),
         ("validation", ["train"], "train[95%:]"),
         ("validation", ["train", "validation"], "validation"),
-        ("validation[:10]", ["train", "test"], "test[:10]"),
-        ("train+validation", ["train", "test"], "train+test"),
-        ("train[:50%]+validation", ["train"], "train[:50%]+train[95%:]"),
-        ("validation[10%:20%](pct1_dropremainder)", ["test"], "test[10%:20%](pct1_dropremainder)"),
-        ("train[:10]", ["train"], "train[:10]"),
+        ("nonsense", ["train"], "nonsense"),
     ],
 )
-def test_expressions_are_mapped_split_by_split(split, available, used):
-    assert mapped_split(ENTRY, ENTRY.repos[0], split, available) == used
+def test_what_stands_for_a_split_may_itself_be_lacking(split, available, used):
+    assert mapped_split(ENTRY.repos[0], split, available) == used
 
 
-def test_part_of_what_is_a_part_already_is_an_error_that_says_what_to_write():
-    with pytest.raises(SplitNotFoundError, match=r"splits that there are \('train'\), as in 'train\[95%:\]'"):
-        mapped_split(ENTRY, ENTRY.repos[0], "validation[:10]", ["train"])
+@pytest.fixture
+def hundred(tmp_path: Path) -> DatasetConfig:
+    """A dataset of 100 rows, all of them "train"."""
+    (tmp_path / "train.jsonl").write_text("".join(f'{{"words": "{i}"}}\n' for i in range(100)))
+    splits = {"validation": "train[95%:]", "test": "validation", "exam": "train"}
+    return DatasetConfig("mine", Repo(str(tmp_path), splits=splits), {"text": "words"})
+
+
+def numbers_of(entry: DatasetConfig, split: str) -> list[int]:
+    request = SourceRequest("mine", split, entry=entry)
+    plan = SourcePlan.from_json(make_plan(request).to_json())
+    reader = open_reader(request, plan)
+    rows = [row for chunk in plan.chunks for _, batch in reader.read(chunk) for row in batch.to_pylist()]
+    assert plan.num_rows == len(rows)
+    return [int(row["words"]) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("split", "rows"),
+    [
+        ("validation[:2]", [95, 96]),
+        ("test[-1:]", [99]),
+        ("exam[10:12]", [10, 11]),
+        ("train[:3]+validation", [0, 1, 2, 95, 96, 97, 98, 99]),
+        ("train[:95%]+validation[:1]", [*range(95), 95]),
+        ("train[:2]+train[:2]", [0, 1, 0, 1]),
+    ],
+)
+def test_slices_and_sums_of_what_stands_for_a_split_are_those_rows(hundred, split, rows):
+    assert numbers_of(hundred, split) == rows
+
+
+@pytest.mark.parametrize(
+    "split", ["train+validation", "validation+test", "exam+train[:1]", "train[90:96]+validation[:2]"]
+)
+def test_rows_that_would_come_twice_by_what_stands_for_a_split_are_an_error(hundred, split):
+    with pytest.raises(SplitNotFoundError, match=r"would have rows of 'train' twice, since mine has no split") as info:
+        numbers_of(hundred, split)
+    assert (info.value.split, info.value.available) == (split, ["train"])
+
+
+def test_place_that_the_cache_has_is_taken_where_the_one_before_cannot_be_asked_for(asked, monkeypatch):
+    FAILURES["org/first"] = SourceError("cannot be reached", dataset="org/first", endpoint="http://x")
+    monkeypatch.setattr(entries, "cached_snapshot", lambda repo, revision: repo == "org/second")
+    plan = plan_entry(request_for())
+    assert plan.resolved["dataset"] == "org/second"
+    assert plan.notices[0] == (
+        "mine: it is read from org/second, which the Hub's cache has; org/first comes before it, but cannot be asked "
+        "for now"
+    )
 
 
 def test_mapping_that_goes_in_circles_ends():
     repo = Repo("org/x", splits={"train": "test", "test": "train"})
-    assert mapped_split(ENTRY, repo, "train", ["other"]) in ("train", "test")
+    assert mapped_split(repo, "train", ["other"]) in ("train", "test")
 
 
 @pytest.mark.parametrize("config", BUILT_IN, ids=lambda config: config.name)
 def test_every_usual_split_of_a_built_in_dataset_leads_to_one_that_it_has(config):
     for repo in config.repos:
         for split in ("train", "validation", "test"):
-            used = mapped_split(config, repo, split, repo.has)
+            used = mapped_split(repo, split, repo.has)
             assert used.split("[")[0] in repo.has
 
 

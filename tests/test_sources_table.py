@@ -48,6 +48,20 @@ def test_paths_are_relative_to_the_folder_of_their_table(tmp_path):
     assert [row["label"] for row in rows] == ["word 0", "word 1", "word 2"]
 
 
+def test_table_on_a_hub_may_name_files_of_its_own_repository_alone(tmp_path):
+    root, far = tmp_path / "hub", tmp_path / "far.wav"
+    far.write_bytes(sound(9))
+    write_csv(root / "org" / "set", {"0.wav": sound(0), str(far): None})
+    with serve(root) as hub:
+        found = ask(hub, "org/set", tmp_path, columns=AUDIO)
+        assert found.error["type"] == "ReadError"
+        assert str(far) in found.message
+        assert "no file of its repository" in found.message
+    write_csv(root / "org" / "other", {"0.wav": sound(0), "../../set/0.wav": None})
+    with serve(root) as hub:
+        assert "no file of its repository" in ask(hub, "org/other", tmp_path, columns=AUDIO).message
+
+
 def test_lines_of_json_may_name_pictures(tmp_path):
     (tmp_path / "0.png").write_bytes(picture(3))
     lines = [{"file": "0.png", "text": "three"}, {"file": None, "text": "none"}]

@@ -16,7 +16,8 @@ from PIL import Image
 from support_catalog import CHOICES, LEAVES, QUESTIONS, request_of
 
 from shmloader import MultimodalConfig, processors
-from shmloader.errors import EmptyDatasetError, OptionError
+from shmloader.catalog import BUILT_IN
+from shmloader.errors import EmptyDatasetError, OptionError, SplitNotFoundError
 from shmloader.registry import built_in
 from shmloader.sources import open_reader
 from shmloader.sources.base import SourcePlan, SourceRequest
@@ -170,15 +171,21 @@ def test_what_is_no_split_is_an_error(split):
         plan_synthetic(request_of(LEAVES, split))
 
 
+def test_a_split_that_the_dataset_never_had_is_an_error_and_not_made_up():
+    (beans,) = [config for config in BUILT_IN if config.name == "beans"]
+    with pytest.raises(SplitNotFoundError, match=r"no split 'trian'; it has 'train', 'validation', 'test'"):
+        plan_synthetic(request_of(beans, "trian[:10]"))
+    assert plan_synthetic(request_of(beans, "validation")).num_rows == 1000
+
+
 def test_a_slice_without_rows_is_an_error():
     with pytest.raises(EmptyDatasetError, match="no rows"):
         plan_synthetic(request_of(LEAVES, "train[5:5]"))
 
 
-def test_a_process_gets_the_columns_that_the_catalog_knows():
-    plan = plan_synthetic(request_of(QUESTIONS, all_columns=True))
-    assert plan.schema.names == ["context", "query", "clip"]
-    assert vars(plan.columns) == vars(type(plan.columns)())
+def test_for_a_process_nothing_is_made_up_since_it_may_need_columns_that_nobody_knows():
+    assert can_make(request_of(QUESTIONS))
+    assert not can_make(request_of(QUESTIONS, all_columns=True))
 
 
 def test_columns_that_the_user_names_are_made():

@@ -147,7 +147,8 @@ def _pair_encoder(tokenizer: Any, max_length: int) -> Callable[[list[_Pair]], Se
 
         def encode(pairs: list[_Pair]) -> Sequence[_Answered]:
             made = tokenizer.encode_batch([whole for _, whole in pairs])
-            return [_placed(one.ids, one.offsets, prompt) for one, (prompt, _) in zip(made, pairs, strict=True)]
+            told = zip(made, pairs, strict=True)
+            return [_placed(one.ids, one.offsets, prompt, max_length) for one, (prompt, _) in told]
 
         return encode
     if callable(tokenizer) and getattr(tokenizer, "is_fast", False):
@@ -161,16 +162,19 @@ def _pair_encoder(tokenizer: Any, max_length: int) -> Callable[[list[_Pair]], Se
                 return_offsets_mapping=True,
             )
             told = zip(made["input_ids"], made["offset_mapping"], pairs, strict=True)
-            return [_placed(ids, offsets, prompt) for ids, offsets, (prompt, _) in told]
+            return [_placed(ids, offsets, prompt, max_length) for ids, offsets, (prompt, _) in told]
 
         return encode_fast
     return _by_prefix(batch_encoder(tokenizer, max_length))
 
 
-def _placed(ids: Sequence[int], offsets: Sequence[tuple[int, int]], prompt: str) -> _Answered:
-    """offsets: in characters; (0, 0) of tokens that are not in the text."""
+def _placed(ids: Sequence[int], offsets: Sequence[tuple[int, int]], prompt: str, most: int) -> _Answered:
+    """offsets: in characters; (0, 0) of tokens that are not in the text. most: ids of a text that may be cut."""
     behind = (i for i, (begin, end) in enumerate(offsets) if end > len(prompt) and end > begin)
-    return _Answered(ids, next(behind, len(ids)))
+    start = next(behind, len(ids))
+    if start == len(ids) < most:  # the answer is empty, or the tokenizer drops what it is; what ends the text is not
+        start = 1 + max((i for i, (begin, end) in enumerate(offsets) if end > begin), default=-1)
+    return _Answered(ids, start)
 
 
 def _by_prefix(encode: Callable[[list[str]], Sequence[Any]]) -> Callable[[list[_Pair]], Sequence[_Answered]]:

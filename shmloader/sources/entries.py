@@ -10,41 +10,53 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from shmloader.catalog import DatasetConfig, Repo
-from shmloader.errors import DatasetNotFoundError, SplitNotFoundError
+from shmloader.errors import DatasetNotFoundError, SourceError, SplitNotFoundError
 from shmloader.sources.base import SourcePlan, SourceRequest
+from shmloader.sources.hub_cache import CONVERSION, cached_snapshot, repo_of
 from shmloader.sources.planning import plan_source
+from shmloader.sources.resolve import is_answered
+from shmloader.sources.splits import is_expression, plan_expression
 
 log = logging.getLogger("shmloader.sources")
-
-#: A term of a sum of splits: its name, and its slice if it has one. Source: datasets, "Slice splits".
-_TERM = re.compile(r"(?P<name>\w+(?:\.\w+)*)(?P<slice>\[[^\]]*\](?:\([^)]*\))?)?")
 
 
 def plan_entry(request: SourceRequest) -> SourcePlan:
     """The plan of a request, be it for a short name or for a dataset whose place is known.
 
-    Of a short name: ``name`` is it, and ``resolved`` says where it was found.
+    Of a short name: ``name`` is it, and ``resolved`` says where it was found. Where one of its places cannot be asked
+    for, those behind it are taken from the Hub's local cache or not at all.
 
     Raises:
         DatasetNotFoundError: none of its places exists. SplitNotFoundError: it lacks the split, and the catalog knows
-            of nothing in its place. Others: see `shmloader.sources.make_plan`.
+            of nothing in its place; or it would have rows twice. Others: see `shmloader.sources.make_plan`.
     """
     entry = request.entry
     if entry is None:
         return plan_source(request)
     missing: list[DatasetNotFoundError] = []
+    unreached: SourceError | None = None
     for repo in entry.repos:
+        if unreached is not None and not _is_cached(repo):
+            continue
         try:
             plan = _plan_repo(request, entry, repo)
         except DatasetNotFoundError as error:
             log.info("%s: %s", entry.name, error)
             missing.append(error)
             continue
-        notices = (*_shadow_notice(entry), *(_next_notice(entry, repo, missing) if missing else ()))
-        return replace(plan, name=entry.name, notices=(*notices, *plan.notices))
+        except SourceError as error:
+            if is_answered(error):
+                raise
+            unreached = unreached or error
+            continue
+        notices = (*_shadow_notice(entry), *_next_notice(entry, repo, missing, unreached))
+        return replace(plan.named(entry.name), notices=(*notices, *plan.notices))
+    if unreached is not None:
+        raise unreached
     if len(missing) == 1:
         raise missing[0]
     raise DatasetNotFoundError(
@@ -54,22 +66,34 @@ def plan_entry(request: SourceRequest) -> SourcePlan:
     ) from missing[0]
 
 
+def _is_cached(repo: Repo) -> bool:
+    """Whether the Hub's local cache has something of it; asks nobody."""
+    name = repo_of(repo.id)
+    return name is not None and any(cached_snapshot(name, revision) for revision in (repo.revision, CONVERSION))
+
+
 def _plan_repo(request: SourceRequest, entry: DatasetConfig, repo: Repo) -> SourcePlan:
     columns = request.columns
     if columns is None:
         columns = dict(entry.columns if repo.columns is None else repo.columns) or None
     load = {**repo.load, **request.load}
     asked = replace(request, dataset=repo.id, load=load, columns=columns, entry=None)
-    notices: tuple[str, ...] = ()
-    try:
-        plan = plan_source(asked)
-    except SplitNotFoundError as error:
-        split = mapped_split(entry, repo, request.split, error.data.get("available") or ())
-        if split == request.split:
-            raise
-        plan = plan_source(replace(asked, split=split))
-        notices = (_split_notice(entry, request.split, split),)
-        asked = replace(asked, split=split)
+    notices: list[str] = []
+
+    def plan_split(one: SourceRequest) -> SourcePlan:
+        try:
+            return plan_source(one)
+        except SplitNotFoundError as error:
+            used = mapped_split(repo, one.split, error.data.get("available") or ())
+            if used == one.split:
+                raise
+            notices.append(_split_notice(entry, one.split, used))
+            plan = plan_source(replace(one, split=used))
+            return replace(plan, resolved={"split": used, **plan.resolved})
+
+    plan = plan_expression(asked, plan_split) if is_expression(asked) else plan_split(asked)
+    if notices:
+        _check_once(entry, asked.split, plan, notices)
     found = {"dataset": repo.id, "entry": None, "split": asked.split, "columns": columns}
     told = {key: value for key, value in repo.load.items() if key not in request.load}
     told |= plan.resolved.get("load", {})
@@ -79,35 +103,33 @@ def _plan_repo(request: SourceRequest, entry: DatasetConfig, repo: Repo) -> Sour
     return plan
 
 
-def mapped_split(entry: DatasetConfig, repo: Repo, split: str, available: Sequence[str]) -> str:
-    """``split`` with what the catalog puts in the place of the splits that are not ``available``.
+def mapped_split(repo: Repo, split: str, available: Sequence[str]) -> str:
+    """What the catalog puts in the place of ``split``, where only splits that are ``available`` will do."""
+    seen = {split}
+    while split not in available and split in repo.splits:
+        split = repo.splits[split]
+        if split in seen:
+            break
+        seen.add(split)
+    return split
 
-    Raises:
-        SplitNotFoundError: of what is a slice already, a slice is asked for.
-    """
 
-    def changed(term: re.Match[str]) -> str:
-        name, part = term["name"], term["slice"] or ""
-        found, seen = name, {name}
-        while found not in available and found in repo.splits:
-            found = repo.splits[found]
-            if found in seen:
-                break
-            seen.add(found)
-        if found == name or not part:
-            return found + (part if found == name else "")
-        if re.fullmatch(r"\w+(\.\w+)*", found):
-            return found + part
-        raise SplitNotFoundError(
-            f"{entry.name} has no split {name!r}: {found!r} is used in its place, of which no part can be taken by "
-            f"{split!r}. Say it of the splits that there are ({', '.join(map(repr, available))}), as in {found!r}.",
-            dataset=entry.name,
-            split=split,
-            available=list(available),
-        )
-
-    # What stands in brackets is no name.
-    return _TERM.sub(changed, split)
+def _check_once(entry: DatasetConfig, split: str, plan: SourcePlan, notices: Sequence[str]) -> None:
+    """Raise if rows would come twice because of what stands for a split that is lacking."""
+    spans: dict[tuple[str, tuple[str, ...]], list[tuple[int, int]]] = {}
+    for chunk in plan.chunks:
+        leaf, first = plan.origin(chunk.first_row)
+        spans.setdefault((leaf.split, leaf.shards), []).append((first, first + chunk.num_rows))
+    for (name, _), some in spans.items():
+        some.sort()
+        if any(end > first for (_, end), (first, _) in pairwise(some)):
+            raise SplitNotFoundError(
+                f"{entry.name}: split={split!r} would have rows of {name!r} twice, since {'; '.join(notices)}. Say "
+                f"which rows of {name!r} you want.",
+                dataset=entry.name,
+                split=split,
+                available=[name],
+            )
 
 
 def _split_notice(entry: DatasetConfig, asked: str, used: str) -> str:
@@ -130,6 +152,15 @@ def _shadow_notice(entry: DatasetConfig) -> tuple[str, ...]:
     )
 
 
-def _next_notice(entry: DatasetConfig, repo: Repo, missing: list[DatasetNotFoundError]) -> tuple[str, ...]:
+def _next_notice(
+    entry: DatasetConfig, repo: Repo, missing: Sequence[DatasetNotFoundError], unreached: SourceError | None
+) -> tuple[str, ...]:
+    if unreached is not None:
+        return (
+            f"{entry.name}: it is read from {repo.id}, which the Hub's cache has; {unreached.data['dataset']} comes "
+            "before it, but cannot be asked for now",
+        )
+    if not missing:
+        return ()
     gone = ", ".join(str(error.data.get("dataset")) for error in missing)
     return (f"{entry.name}: it is read from {repo.id}, since there is no {gone}",)

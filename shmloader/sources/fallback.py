@@ -20,9 +20,10 @@ import logging
 from dataclasses import replace
 
 from shmloader.errors import SourceError
+from shmloader.sources.answers import state_of
 from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.sources.entries import plan_entry
-from shmloader.sources.resolve import cannot_stream, is_answered, source_name
+from shmloader.sources.resolve import cannot_stream, is_answered, is_offline, source_name
 from shmloader.sources.synthetic import can_make, plan_synthetic
 
 log = logging.getLogger("shmloader.sources")
@@ -35,16 +36,23 @@ def plan_with_fallback(request: SourceRequest) -> SourcePlan:
         As `shmloader.sources.make_plan`.
     """
     try:
-        return plan_entry(request)
+        return _plan_real(request)
     except SourceError as error:
-        if cannot_stream(error) and not request.is_downloaded:
-            return _downloaded(request, error)
         if is_answered(error) or request.fallback != "synthetic":
             raise
         if not can_make(request):
             raise _no_schema(request, error) from error.__cause__
         log.debug("%s", error)
         return _synthetic(request, error)
+
+
+def _plan_real(request: SourceRequest) -> SourcePlan:
+    try:
+        return plan_entry(request)
+    except SourceError as error:
+        if not cannot_stream(error) or request.is_downloaded:
+            raise
+        return _downloaded(request, error)
 
 
 def _downloaded(request: SourceRequest, error: SourceError) -> SourcePlan:
@@ -62,7 +70,8 @@ def _downloaded(request: SourceRequest, error: SourceError) -> SourcePlan:
 
 def _synthetic(request: SourceRequest, error: SourceError) -> SourcePlan:
     name, plan = source_name(request), plan_synthetic(request)
-    why = f"the Hub at {error.data['endpoint']} cannot be reached, and the caches do not have it"
+    state = "may not be asked (offline mode)" if is_offline() else state_of(error.data.get("status"))
+    why = f"the Hub at {error.data['endpoint']} {state}, and the caches do not have it"
     warning = (
         f"{name}: SYNTHETIC DATA, not the dataset: {plan.num_rows} made-up rows with its columns, since {why}. Each "
         f"sample says so in its source ({plan.name!r}). To have an error in its stead, give fallback='error' or "
@@ -75,7 +84,7 @@ def _no_schema(request: SourceRequest, error: SourceError) -> SourceError:
     """The same error, and why there are no made-up rows."""
     return type(error)(
         f"{error} (No synthetic data can stand in for it, since nobody has told its columns: those of the catalog are "
-        "known, which `shmloader datasets` lists, and what register_dataset is told of others. fallback='error' asks "
-        "for none.)",
+        "known, which `shmloader datasets` lists, and what register_dataset is told of others; a process= takes all "
+        "columns, and some are known at most. fallback='error' asks for none.)",
         **error.data,
     )

@@ -106,7 +106,7 @@ def _names(parsed: Any) -> dict[str, None]:
 
 def _planned(request: SourceRequest, name: str, plan_split: Callable[[SourceRequest], SourcePlan]) -> SourcePlan:
     plan = plan_split(replace(request, split=name))
-    return replace(plan, resolved={**plan.resolved, "split": name})
+    return replace(plan, resolved={"split": name, **plan.resolved})
 
 
 def _bad_split(request: SourceRequest, why: str) -> OptionError:

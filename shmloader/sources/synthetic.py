@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from shmloader.column_path import choice_of
-from shmloader.errors import EmptyDatasetError
+from shmloader.errors import EmptyDatasetError, SplitNotFoundError
 from shmloader.sources.base import SYNTHETIC, Chunk, Columns, SourcePlan, SourceRequest
 from shmloader.sources.rows import BATCH_ROWS, MEDIA_TYPE, stream_bytes
 
@@ -63,8 +63,11 @@ class _Maker:
 
 
 def can_make(request: SourceRequest) -> bool:
-    """Whether the columns of the requested dataset are known, so that rows like its own can be made."""
-    return _columns_of(request) is not None
+    """Whether the columns that are read of the requested dataset are known, so that rows like its own can be made.
+
+    Not where a ``process`` takes whole rows: the catalog names only the columns that it uses itself.
+    """
+    return _columns_of(request) is not None and not request.all_columns
 
 
 def plan_synthetic(request: SourceRequest) -> SourcePlan:
@@ -74,13 +77,14 @@ def plan_synthetic(request: SourceRequest) -> SourcePlan:
 
     Raises:
         OptionError: the split is no split and no slice or sum of such. EmptyDatasetError: it has no rows.
+        SplitNotFoundError: the catalog tells the dataset's splits, and it is none of these.
     """
     chosen = _columns_of(request)
     assert chosen is not None
     schema = pa.schema([(name, _type_of(kind)) for name, kind in _tree(chosen).items()])
     name, num_classes = str(request.dataset), _num_classes(request, chosen)
     shards, chunks = _cut(request, max(NUM_ROWS, num_classes))
-    columns = Columns() if request.all_columns else _as_columns(request, chosen)
+    columns = _as_columns(request, chosen)
     plan = SourcePlan(
         name=f"{name}{SYNTHETIC}",
         split=request.split,
@@ -211,10 +215,30 @@ def _cut(request: SourceRequest, num_rows: int) -> tuple[tuple[str, ...], tuple[
 def _parts(request: SourceRequest, num_rows: int) -> list[tuple[str, int, int]]:
     """(split, first row, end) of each part of the split that is asked for."""
     if re.fullmatch(r"\w+(\.\w+)*", request.split):
-        return [(request.split, 0, num_rows)]
-    from shmloader.sources.splits import ranges
+        parts = [(request.split, 0, num_rows)]
+    else:
+        from shmloader.sources.splits import ranges
 
-    return ranges(request, lambda name: num_rows)
+        parts = ranges(request, lambda name: num_rows)
+    _check_known(request, {split for split, _, _ in parts})
+    return parts
+
+
+def _check_known(request: SourceRequest, splits: set[str]) -> None:
+    """Raise if the catalog knows the dataset's splits, and one is none of them: made-up rows would hide the mistake."""
+    assert request.entry is not None
+    repos = request.entry.repos
+    if not all(repo.has for repo in repos):
+        return
+    known = dict.fromkeys(name for repo in repos for name in (*repo.has, *repo.splits))
+    for split in sorted(splits - known.keys()):
+        raise SplitNotFoundError(
+            f"{request.dataset} has no split {split!r}; it has {', '.join(map(repr, known))}. Choose one of these with "
+            "split=.",
+            dataset=str(request.dataset),
+            split=split,
+            available=list(known),
+        )
 
 
 # ---- values ----------------------------------------------------------------------------------------------

@@ -8,15 +8,18 @@ written in. Imports ``datasets``.
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from shmloader.errors import ReadError
 from shmloader.sources import features as kinds
 from shmloader.sources.base import SourcePlan, SourceRequest
 from shmloader.sources.columns import choose_columns
 from shmloader.sources.download import can_download, download
+from shmloader.sources.hub import SCHEME, is_remote, parts_of
 from shmloader.sources.listing_plan import Listed, plan_rows
 from shmloader.sources.media_files import is_media, paths_of
 from shmloader.sources.resolve import translated
@@ -26,6 +29,8 @@ from shmloader.sources.stream_features import features_of
 
 #: The roles whose column may be of paths.
 _MEDIA_ROLES = ("image", "audio")
+#: A repository's files in the Hub's local cache. Source: huggingface_hub, "Understand caching".
+_IN_CACHE = re.compile(r".*/datasets--([^/]+)/snapshots/[^/]+/")
 
 
 def plan_table(request: SourceRequest, builder: Any) -> SourcePlan | None:
@@ -90,6 +95,7 @@ def _tables(stream: Any, files: list[str], columns: tuple[Any, ...]) -> Iterator
             for name in columns:
                 index = table.schema.get_field_index(name)
                 whole = [_whole(folder, path) for path in table.column(index).to_pylist()]
+                _check_inside(file, whole)
                 media = pa.array([None if p is None else {"bytes": None, "path": p} for p in whole], MEDIA_TYPE)
                 table = table.set_column(index, name, media)
             yield table
@@ -101,6 +107,28 @@ def _whole(folder: str, path: str | None) -> str | None:
         return path or None
     scheme, sign, rest = folder.rpartition("://")
     return f"{scheme}{sign}{posixpath.normpath(posixpath.join(rest, path))}"
+
+
+def _check_inside(file: str, paths: Sequence[str | None]) -> None:
+    """Raise if a table on a Hub names files that are not of its repository: nobody has looked at what it may say."""
+    cached = _IN_CACHE.match(file)
+    if is_remote(file):
+        repo, commit, _ = parts_of(file) or ("", "", "")
+        root = f"{SCHEME}datasets/{repo}@{commit}/"
+    elif cached is not None:  # in the Hub's local cache
+        repo, root = cached[1], cached[0]
+    else:
+        return
+    for path in paths:
+        if path is not None and not path.startswith(root):
+            raise ReadError(
+                f"{file} names {path!r}, which is no file of its repository. Only those are read of what a table on a "
+                "Hub names; download it, look at it, and give its folder.",
+                dataset=repo,
+                shard=file,
+                first_row=None,
+                num_rows=None,
+            )
 
 
 def _batches(table: pa.Table, schema: pa.Schema) -> list[pa.RecordBatch]:

@@ -166,7 +166,7 @@ class SharedDataset:
         """Of each source, in the order of their rows.
 
         ``name``: as samples have it. ``dataset``: what was read under it, a Hub id say. ``split``: with what was taken
-        of it. ``mode``: "streaming", "downloaded", "local", "synthetic", … (docs/architecture.md). ``rows``: None: not
+        of it. ``mode``: "streaming", "downloaded", "local", "synthetic", … (`shmloader.sources`). ``rows``: None: not
         known. ``revision``: the commit. ``columns``: see `columns`. ``why``: why it is not what was asked for; None: it
         is. ``notices``, ``warnings``: what there was to say of it.
         """

@@ -19,7 +19,7 @@ from shmloader.selection import select
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.resolve import source_name
 from shmloader.views import Sample
-from shmloader.weighting import WINDOW, Weighting, checked_weights, weights_by_source
+from shmloader.weighting import FIRST_NAMED, WINDOW, Weighting, checked_weights, weights_by_source
 
 log = logging.getLogger("shmloader")
 
@@ -201,15 +201,18 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         asked = rows = self._rows(indices)
         if not rows:
             return []
+        named: Sequence[int | None] = [None] * len(rows)
         if self._weighting is not None:
             rows = self._weighting.rows(self._epoch(), asked)
+            named, asked = map(list, zip(*map(self._weighting.parse, asked), strict=True))
         attachment, refs = self._reader.get(rows)
         if self.transform is None and self._reader.policy.on_error != "synthetic":
             return [Sample.over(attachment, refs, i, self.writable) for i in range(len(rows))]
         if self.transform is None:
             return [self._sample(attachment, refs, i, row, self.writable) for i, row in enumerate(rows)]
         epoch = attachment.ring.segment.epoch()
-        epochs = [epoch - 1] * len(rows) if epoch else attachment.ring.segment.count_reads(array("Q", rows))
+        told = [epoch - 1] * len(rows) if epoch else attachment.ring.segment.count_reads(array("Q", rows))
+        epochs = [other if own is None else own for own, other in zip(named, told, strict=True)]
         samples = (self._sample(attachment, refs, i, row, writable=True) for i, row in enumerate(rows))
         # By the index: what comes twice in an epoch is to be transformed in two ways.
         return [self._transformed(s, index, epoch) for s, index, epoch in zip(samples, asked, epochs, strict=True)]
@@ -240,7 +243,7 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         if rows and not 0 <= min(rows) <= max(rows) < n:
             rows = [row + n if row < 0 else row for row in rows]
             for index, row in zip(indices, rows, strict=True):
-                if not 0 <= row < n:
+                if not 0 <= row < n and (self._weighting is None or row < FIRST_NAMED):
                     raise IndexError(f"index {index} is out of range: {self.name!r} has {n} samples")
         return rows
 
@@ -258,7 +261,8 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
 
         The order depends on the data, ``seed`` and the epoch, and on nothing else where all samples fit the ring: it
         is uniform then. Else it also depends on ``window_bytes``: chunks of the source are shuffled, and within a
-        window of them the rows (docs/order.md tells how well that mixes).
+        window of them the rows (docs/order.md tells how well that mixes). With ``weights`` it depends on these and the
+        dataset's ``seed`` too, and its indices name their epoch: they are beyond ``len()``.
 
         shuffle: else in the source's order. rank, world_size: every world_size-th position from rank on, for
         training with several processes; None: the whole order, whatever the environment says (accelerate and
@@ -280,11 +284,11 @@ class ShmMultimodalDataset(SharedDataset, Dataset[dict[str, Any]]):
         chunks, window = self._reader.plan.chunks(), self._reader.plan.window_bytes
         if self._weighting is not None:
             kind = Kind.WINDOWED if shuffle else Kind.SEQUENTIAL
-            chunks, window = self._weighting.chunks(), WINDOW
+            window = WINDOW
 
         def make(epoch: int) -> Order:
             return Order(
-                chunks,
+                chunks if self._weighting is None else self._weighting.chunks(epoch),
                 kind,
                 seed=operator.index(seed) & (1 << 64) - 1,  # as many bits as cross to the prefetchers
                 epoch=epoch,

@@ -144,7 +144,8 @@ class Options:
         samples look wrong: 0.1 ms for 150 kB, each time. ``SHMLOADER_VERIFY``
     prefetchers: number of prefetch processes; None: one a core, 8 at most. ``SHMLOADER_PREFETCHERS``
     timeout_s: a reader that waits this long without any progress of the prefetchers raises
-        `WaitTimeoutError`. ``SHMLOADER_TIMEOUT_S``
+        `WaitTimeoutError`; to be longer than ``source_timeout_s``, or it does before a Hub is given up.
+        ``SHMLOADER_TIMEOUT_S``
     source_timeout_s: a server that cannot be reached, or that does not answer, is given up after this long; what it
         answers to go on with (429, 503) is waited for within it. ``SHMLOADER_SOURCE_TIMEOUT_S``
     log: the least level that the services log, into the loggers ``shmloader.*`` of the process that made the dataset.

@@ -326,17 +326,12 @@ class Ring:
 
     def _outage(self, refs: Refs, since_s: float) -> ShmloaderError | None:
         """Why a chunk of what is missing could not be fetched since then, though it will be tried again."""
-        rows = {
-            chunk: row
-            for row, (status, chunk) in zip(refs.ids, refs.statuses(), strict=True)
-            if status == native.MISSING
-        }
+        told = zip(refs.ids, refs.statuses(), strict=True)
+        rows = {chunk: row for row, (status, chunk) in told if status == native.MISSING}
         found = Outages(self.files.deaths_fd).of(rows, since_s) if rows else None
-        if found is None:
-            return None
-        chunk, error = found
-        error.at = rows[chunk], chunk
-        return error
+        if found is not None:
+            found[1].at = rows[found[0]], found[0]
+        return None if found is None else found[1]
 
     def _timed_out(self, refs: Refs, waited_s: float, describe: Callable[[int], str]) -> WaitTimeoutError:
         missing = [row for row, (status, _) in zip(refs.ids, refs.statuses(), strict=True) if status == native.MISSING]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -80,7 +81,7 @@ def _common(have: Sequence[tuple[str, Field]], is_lacking: bool) -> Field:
         most=None if most is None or None not in shape else tuple(map(max, zip(*most, strict=True))),
         same_as=same_as.pop() if len(same_as) == 1 else None,
         optional=is_lacking or any(field.optional for field in fields),
-        multiple_of=max(field.multiple_of for field in fields),
+        multiple_of=math.lcm(*(field.multiple_of for field in fields)),
         pad=IGNORED_LABEL if is_class and is_lacking else first.pad,
     )
 

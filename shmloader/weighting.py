@@ -27,6 +27,8 @@ from shmloader.permutation import Permutation, make_keys, runs
 _KEEP = 256
 #: Blocks that a shuffled order takes rows of at once: no more than a `Mixture` keeps.
 WINDOW = 32
+#: An index from here on names its epoch as well: this, and the position in the endless mixture.
+FIRST_NAMED = 1 << 53
 #: Positions are below this. Epochs that would go beyond it begin again: 140 years of a million samples a second.
 _LAST_POSITION = 1 << 52
 
@@ -56,19 +58,31 @@ class Weighting:
         """Of all samples, those of each source."""
         return self._mixture.shares
 
-    def chunks(self) -> Chunks:
-        """The indices of an epoch in pieces, for an order that shuffles them: each has only some blocks to make."""
+    def chunks(self, epoch: int) -> Chunks:
+        """The indices of an epoch in pieces, for an order that shuffles them: each has only some blocks to make.
+
+        They name the epoch, so that an iteration keeps its rows when another one begins.
+        """
         first = np.arange(0, len(self), BLOCK_LENGTH, dtype=np.int64)
         num = np.minimum(BLOCK_LENGTH, len(self) - first)
+        first += FIRST_NAMED + self._first(epoch)
         return Chunks(first, num, np.arange(len(first), dtype=np.int64), np.ones(len(first), np.int64))
 
+    def _first(self, epoch: int) -> int:
+        return epoch % (_LAST_POSITION // len(self)) * len(self)
+
+    def parse(self, index: int) -> tuple[int | None, int]:
+        """The epoch that an index names, and the index in it; None: it names none."""
+        return (None, index) if index < FIRST_NAMED else divmod(index - FIRST_NAMED, len(self))
+
     def rows(self, epoch: int, indices: Sequence[int]) -> list[int]:
-        """The row that each of ``indices`` (0 … length - 1) stands for in ``epoch``. Any number of threads.
+        """The row that each of ``indices`` stands for, in ``epoch`` or in the one that it names. Any number of threads.
 
         4 us each where they are near one another, 0.1 ms where each is of another block (measured, batches of 64).
         """
-        first = epoch % (_LAST_POSITION // len(self)) * len(self)
-        sources, nth = self._mixture.at(np.asarray(indices, np.int64) + first)
+        asked = np.asarray(indices, np.int64)
+        positions = np.where(asked < FIRST_NAMED, asked + self._first(epoch), asked - FIRST_NAMED)
+        sources, nth = self._mixture.at(positions)
         found = np.empty(len(sources), np.int64)
         # By source and pass; within one, in any sequence.
         passes, places = np.divmod(nth, np.array(self._num_rows, np.int64)[sources])

@@ -43,6 +43,13 @@ def test_whatever_is_made_or_set_aside_begins_the_count_anew(moved: dict[str, in
     assert [error is None for error in told] == [True] * MAX_IDLE_DEATHS + [False]
 
 
+def test_chunks_that_cannot_be_read_ended_nobody() -> None:
+    futility = Futility()
+    assert futility.count(stats(), [BLAMELESS]) is None
+    assert futility.count(stats(broken=MAX_ASIDE + 8), [BLAMELESS]) is None
+    assert futility.count(stats(broken=MAX_ASIDE + 9), [OVER_A_CHUNK]) is None
+
+
 def test_those_that_die_together_count_once() -> None:
     futility = Futility()
     assert [futility.count(stats(), [BLAMELESS] * 20) for _ in range(MAX_IDLE_DEATHS)] == [None] * MAX_IDLE_DEATHS
@@ -54,13 +61,13 @@ def test_deaths_over_a_row_or_a_chunk_alone_are_bounded_by_its_own_rule(death: D
     assert [futility.count(stats(), [death]) for _ in range(10 * MAX_IDLE_DEATHS)] == [None] * 10 * MAX_IDLE_DEATHS
 
 
-@pytest.mark.parametrize("kind", ["aside", "broken"])
-def test_a_set_of_which_nothing_but_rows_that_kill_is_left_is_given_up(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "death"), [("aside", OVER_A_ROW), ("broken", OVER_A_CHUNK)])
+def test_a_set_of_which_nothing_but_rows_that_kill_is_left_is_given_up(kind: str, death: Death) -> None:
     futility = Futility()
-    futility.count(stats(commits=5), [OVER_A_ROW])
+    futility.count(stats(commits=5), [death])
     for num in range(MAX_ASIDE):
-        assert futility.count(stats(commits=5, **{kind: num}), [OVER_A_ROW]) is None
-    error = futility.count(stats(commits=5, **{kind: MAX_ASIDE}), [OVER_A_ROW])
+        assert futility.count(stats(commits=5, **{kind: num}), [death]) is None
+    error = futility.count(stats(commits=5, **{kind: MAX_ASIDE}), [death])
     assert "32 rows or chunks in a row ended all prefetch processes that tried them" in str(error)
 
 

@@ -5,11 +5,23 @@ from __future__ import annotations
 import os
 import signal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import opened
 from datasets import Dataset
-from support_sets import wait_until, write_pictures
-from support_several import CONFIG, bytes_of, check_batch, check_sample, write_classes, write_clips, write_stories
+from support_sets import png, wait_until, write_pictures
+from support_several import (
+    CONFIG,
+    MEDIA,
+    bytes_of,
+    check_batch,
+    check_sample,
+    write_classes,
+    write_clips,
+    write_rows,
+    write_stories,
+)
 from torch.utils.data import DataLoader
 
 from shmloader import Options, ShmMultimodalIterableDataset
@@ -97,6 +109,32 @@ def test_datasets_of_one_name_are_told_apart_and_a_process_takes_the_rows_of_eac
         batch = next(iter(DataLoader(dataset, batch_size=10)))
         assert batch["word"] == [f"{name}{row}" for name in "ab" for row in range(5)]
         assert batch["source"] == ["Dataset"] * 5 + ["Dataset (2)"] * 5
+
+
+@pytest.mark.parametrize("how", ["as they are", "transformed", "copied"])
+def test_samples_without_a_class_have_none_in_a_batch_however_it_is_made(tmp_path, how):
+    """-100, which losses leave out: 0 would be a class."""
+    labelled = write_classes(tmp_path / "labelled", 6)
+    pictures = pa.array([{"bytes": png(row), "path": None} for row in range(6)], MEDIA)
+    bare = write_rows(tmp_path / "bare", {"image": pictures}, {"image": {"_type": "Image"}})
+    transform = (lambda sample: sample) if how == "transformed" else None
+    with opened([labelled, bare], config=CONFIG, transform=transform) as dataset:
+        samples = [dataset[index] for index in (5, 6, 11, 0)]
+        if how == "copied":
+            samples = [{**sample} for sample in samples]
+        batch = dataset.collate(samples)
+        assert batch["labels"].tolist() == [5, -100, -100, 0]
+        assert batch["labels_mask"].tolist() == [True, False, False, True]
+        assert dataset.collate(samples[1:3])["labels"].tolist() == [-100, -100]
+
+
+def test_splits_whose_columns_are_of_other_types_are_read_side_by_side(tmp_path):
+    for split, kind in (("train", pa.int64()), ("test", pa.int32())):
+        columns = {"text": [f"{split} {row}" for row in range(60)], "label": pa.array(range(60), kind)}
+        pq.write_table(pa.table(columns), tmp_path / f"{split}-00000-of-00001.parquet", row_group_size=16)
+    with opened(str(tmp_path), split="train+test", columns={"text": "text", "labels": "label"}) as dataset:
+        rows = list(range(0, 120, 7))
+        assert [int(sample["labels"]) for sample in dataset.__getitems__(rows)] == [row % 60 for row in rows]
 
 
 def test_plain_dicts_of_a_mixed_set_are_batched_as_its_samples_are(paths):

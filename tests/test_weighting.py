@@ -131,3 +131,16 @@ def test_readers_follow_the_weights_whatever_their_number_and_wherever_they_begi
         sampler.set_epoch(3)
         batches = list(DataLoader(dataset, batch_size=16, sampler=sampler))
         assert Counter(source for batch in batches for source in batch["source"]) == Counter(s for s, _ in epochs[3])
+
+
+def test_an_iteration_keeps_its_rows_when_another_one_begins(paths):
+    with opened(paths, config=CONFIG, weights=[3, 1]) as dataset:
+        alone = [identity(sample) for sample in map(dataset.__getitem__, dataset.sampler(shuffle=False))]
+        sampler = dataset.sampler(shuffle=False)
+        first = iter(sampler)
+        begun = [identity(dataset[next(first)]) for _ in range(20)]
+        second = [identity(dataset[index]) for index in itertools.islice(sampler, 20)]
+        assert begun + [identity(dataset[index]) for index in first] == alone
+        assert second != alone[:20]
+        with pytest.raises(IndexError, match="out of range"):
+            dataset[len(dataset)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -208,7 +208,7 @@ def _outputs(
             continue
         indices = [index for _, index in at]
         ops = _ops(native.COPY, indices, fields, shape)
-        outputs.append(Output(name, dtypes.pop(), shape, ops, _fill_of(have[0])))
+        outputs.append(Output(name, dtypes.pop(), shape, ops, _fill_of(have)))
         if (mask := masks.pop()) is not None and mask not in names:
             outputs.append(Output(mask, torch.int64, shape[:1], _ops(native.MASK, indices, fields, shape[:1]), 0))
         presence = presence_name(faces, name, is_lacking=len(have) < len(faces))
@@ -251,8 +251,15 @@ def _dtype(field: Field) -> torch.dtype:
     return torch.float32 if field.scale is not None else torch_dtype(field.numpy_dtype)
 
 
-def _fill_of(field: Field) -> float:
-    return 0.0 if field.scale is not None or field.pad is None else field.pad
+def _fill_of(fields: Sequence[Field]) -> float:
+    pad = pad_of(fields)
+    return 0.0 if pad is None else pad
+
+
+def pad_of(fields: Iterable[Field | None]) -> float | None:
+    """What stands in a batch where a field has no value, by the first dataset that says so; None: none does."""
+    told = (field.pad for field in fields if field is not None and field.scale is None)
+    return next((pad for pad in told if pad is not None), None)
 
 
 def _ops(
@@ -273,6 +280,6 @@ def _op(op: int, field: Field) -> int:
 def _op_constants(field: Field, shape: tuple[int, ...]) -> tuple[int, bytes, bytes, bytes, bytes]:
     """item_bytes, dims, pad, scale, shift: packed as the binding takes them. pad: an item of what comes out."""
     dtype = np.dtype(np.float32) if field.scale is not None else field.numpy_dtype
-    pad = np.array(_fill_of(field)).astype(dtype).tobytes()
+    pad = np.array(_fill_of([field])).astype(dtype).tobytes()
     scale, shift = (struct.pack(f"{len(v or ())}f", *(v or ())) for v in (field.scale, field.shift))
     return field.numpy_dtype.itemsize, struct.pack(f"{len(shape)}I", *shape), pad, scale, shift

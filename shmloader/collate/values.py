@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import _utils
 
-from shmloader.collate.gather import presence_name, rounded
+from shmloader.collate.gather import pad_of, presence_name, rounded
 from shmloader.collate.lengths import Lengths
 from shmloader.collate.origins import Origins
 from shmloader.errors import ShmloaderError
@@ -227,12 +227,18 @@ def _check_dtypes(name: str, values: Sequence[Any], origins: Sequence[object]) -
 
 
 def _blank(fields: Sequence[Field | None], present: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The zeros that stand for a sample without the field: as the others have it, else as the schema says."""
+    """What stands for a sample without the field: zeros, as the others have it, else as the schema says.
+
+    A number, though, is what its dataset pads with (a class that there is none of: -100), as the core fills it.
+    """
     if present:
-        return torch.zeros_like(present[0], requires_grad=False)
-    field = next(field for field in fields if field is not None)
-    dtype = torch.float32 if field.scale is not None else torch_dtype(field.numpy_dtype)
-    return torch.zeros(tuple(n or 0 for n in field.shape), dtype=dtype)
+        blank = torch.zeros_like(present[0], requires_grad=False)
+    else:
+        field = next(field for field in fields if field is not None)
+        dtype = torch.float32 if field.scale is not None else torch_dtype(field.numpy_dtype)
+        blank = torch.zeros(tuple(n or 0 for n in field.shape), dtype=dtype)
+    pad = pad_of(fields)
+    return blank if blank.ndim or pad is None else torch.full_like(blank, pad)
 
 
 def _can_be_padded(values: Sequence[torch.Tensor]) -> bool:

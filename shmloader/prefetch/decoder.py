@@ -142,12 +142,13 @@ class Decoder:
     def _all_begun(self, task: Task, pinned: Pinned) -> Iterator[tuple[int, int, int, _Begun]]:
         """(source, row, its place in the begun rows, these) of the rows of ``task`` that are there."""
         there = [item for item in task.rows if pinned.holds(*item)]
-        if len(self._recipes) == 1:
+        plan = self._plan.source
+        if not plan.parts:
             for found in self._begun(self._recipes[0], batches_of(there, pinned)):
                 yield 0, *found
             return
-        # Chunks of a source follow one another. Their columns are those of no other one.
-        for source, some in groupby(there, lambda item: self._plan.source.source_of(item[0])):
+        # Chunks of a part follow one another. Their columns are those of no other one, or of other types.
+        for (source, _), some in groupby(there, lambda item: (plan.source_of(item[0]), id(plan.leaf(item[0])))):
             for found in self._begun(self._recipes[source], batches_of(list(some), pinned)):
                 yield source, *found
 

@@ -22,23 +22,25 @@ class Futility:
     """Counts for the supervisor, of one set."""
 
     def __init__(self) -> None:
-        self._num_made, self._num_aside = -1, 0
+        self._moved, self._num_made = (-1, 0, 0), -1
         self._idle_deaths, self._aside_before = 0, 0
+        self._chunks_aside = 0  # most broken chunks cannot be read, which is nobody's death
 
     def count(self, stats: Mapping[str, int], dead: Sequence[Death]) -> ServiceError | None:
         """Why the set is to be given up, now that these (one or more) died together; None: it is not.
 
         stats: of the segment, after the dead were reaped.
         """
-        num_made = stats["num_commits"]
-        num_aside = stats["num_aside"] + stats["chunks_broken"]
-        if num_made != self._num_made:
-            self._idle_deaths, self._aside_before = 0, num_aside
-        elif num_aside != self._num_aside:
+        moved = (stats["num_commits"], stats["num_aside"], stats["chunks_broken"])
+        self._chunks_aside += min(moved[2] - self._moved[2], sum(death.chunk is not None for death in dead))
+        num_aside = stats["num_aside"] + self._chunks_aside
+        if moved[0] != self._num_made:
+            self._num_made, self._aside_before = moved[0], num_aside
+        if moved != self._moved:
             self._idle_deaths = 0
         elif any(death.row is None and death.chunk is None for death in dead):
             self._idle_deaths += 1
-        self._num_made, self._num_aside = num_made, num_aside
+        self._moved = moved
         if self._idle_deaths >= MAX_IDLE_DEATHS:
             return _given_up(f"Prefetch processes end at once, {self._idle_deaths} times in a row", dead[-1])
         if num_aside - self._aside_before >= MAX_ASIDE:

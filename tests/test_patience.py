@@ -5,9 +5,9 @@ from __future__ import annotations
 import pickle
 
 import pytest
+from support_patience import patience_of
 
 from shmloader.sources.patience import (
-    BRIEF_SHARE,
     LONGEST_WAIT_S,
     REST_S,
     STALL_S,
@@ -17,23 +17,6 @@ from shmloader.sources.patience import (
 )
 
 HOST = "hub"
-
-
-class Clock:
-    """Time that passes only in sleep."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.slept: list[float] = []
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        self.slept.append(seconds)
-
-
-def patience_of(timeout_s: float = 30.0) -> tuple[Patience, Clock]:
-    clock = Clock()
-    return Patience(timeout_s, clock=lambda: clock.now, sleep=clock.sleep), clock
 
 
 def give_up(patience: Patience, status: int | None = None, host: str = HOST) -> ServerGivenUp:
@@ -69,10 +52,22 @@ def test_what_comes_begins_the_time_anew():
 def test_time_that_the_caller_took_is_not_the_servers():
     patience, clock = patience_of()
     attempts = patience.attempts(HOST, "GET /it")
-    clock.now += 1000
-    attempts.resume()
+    clock.now += 20
+    with attempts.paused():
+        clock.now += 1000
+    assert attempts.left_s == pytest.approx(10)
     attempts.failed(OSError("idle for too long"))
-    assert attempts.left_s > 29
+
+
+def test_what_comes_to_no_use_does_not_begin_the_time_anew():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /it")
+    for _ in range(10):
+        clock.now += 2.9
+        attempts.touch()
+        with attempts.paused():
+            clock.now += 1
+    assert attempts.left_s == pytest.approx(1)
 
 
 def test_what_the_server_asks_to_wait_is_waited():
@@ -102,22 +97,84 @@ def test_silence_is_waited_for_longer_each_time_and_never_beyond_the_timeout():
     assert patience_of(3.0)[0].attempts(HOST, "").silence_s == pytest.approx(1)
 
 
-def test_host_that_was_not_reached_is_left_alone_then_tried_briefly_until_it_answers():
+def test_server_that_asked_to_wait_beyond_the_timeout_is_left_alone_until_then():
+    patience, clock = patience_of()
+    with pytest.raises(ServerGivenUp):
+        patience.attempts(HOST, "GET /it").failed(None, HOST, 429, 120.0)
+    clock.now += 119
+    with pytest.raises(ServerGivenUp, match=r"119\.0 s ago .*wait for 120 s.*not asked for another 1 s") as caught:
+        patience.attempts(HOST, "GET /other")
+    assert (caught.value.status, caught.value.is_refusal) == (429, True)
+    clock.now += 1
+    patience.attempts(HOST, "GET /other")
+
+
+def test_what_is_left_alone_for_long_is_so_though_another_request_ends_meanwhile():
+    patience, clock = patience_of()
+    first, other = patience.attempts(HOST, "GET /it"), patience.attempts(HOST, "GET /other")
+    with pytest.raises(ServerGivenUp):
+        first.failed(None, HOST, 429, 120.0)
+    clock.now += 30
+    with pytest.raises(ServerGivenUp):
+        other.failed(OSError("reset"))
+    clock.now += REST_S
+    with pytest.raises(ServerGivenUp, match="wait for 120 s"):
+        patience.check(HOST)
+
+
+def test_host_that_was_not_reached_is_left_alone_then_tried_once_until_it_answers():
     patience, clock = patience_of()
     give_up(patience)
     with pytest.raises(ServerGivenUp, match=r"given up 0\.0 s ago"):
         patience.attempts(HOST, "GET /other")
     patience.attempts("another", "GET /it")
     clock.now += REST_S
-    assert patience.attempts(HOST, "GET /other").left_s == pytest.approx(30 * BRIEF_SHARE)
+    began, attempts = clock.now, patience.attempts(HOST, "GET /other")
+    assert attempts.silence_s == STALL_S
+    with pytest.raises(ServerGivenUp, match=r"once.* had been given up before"):
+        attempts.failed(OSError("refused"))
+    assert clock.now == began
     patience.answered(HOST)
-    assert patience.attempts(HOST, "GET /other").left_s == pytest.approx(30)
+    give_up(patience)
+    assert clock.now == pytest.approx(began + 30)
 
 
-def test_host_that_answers_with_errors_is_tried_briefly_for_other_things():
+def test_host_that_answers_with_errors_is_tried_once_for_other_things():
     patience, _ = patience_of()
     assert give_up(patience, 503).status == 503
-    assert patience.attempts(HOST, "GET /other").left_s == pytest.approx(30 * BRIEF_SHARE)
+    with pytest.raises(ServerGivenUp, match="had been given up before"):
+        patience.attempts(HOST, "GET /other").failed(None, HOST, 503)
+
+
+def test_request_that_began_before_its_host_was_given_up_has_its_time():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /it")
+    patience.gave_up(HOST, "HTTP 503", 503)
+    attempts.failed(None, HOST, 503)
+    assert len(clock.slept) == 1
+
+
+def test_host_that_answered_others_meanwhile_is_not_left_alone():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /slow")
+    clock.now += 20
+    patience.answered(HOST)
+    clock.now += 10
+    with pytest.raises(ServerGivenUp):
+        attempts.failed(TimeoutError("stalled"))
+    patience.check(HOST)
+
+
+def test_host_that_others_cannot_connect_to_is_left_alone_whatever_it_answered_before():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /it")
+    clock.now += 20
+    patience.answered(HOST)
+    clock.now += 10
+    with pytest.raises(ServerGivenUp):
+        attempts.failed(OSError("refused"), is_unreached=True)
+    with pytest.raises(ServerGivenUp, match="ago"):
+        patience.check(HOST)
 
 
 def test_nine_datasets_of_a_dead_hub_take_one_timeout():

@@ -6,6 +6,8 @@ import csv
 import errno
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from support_hub import ask, ask_offline, json_rows, write_json
 from support_parquet import jpeg, write_texts
 
 from shmloader.errors import SourceError
-from shmloader.sources import make_plan, open_reader
+from shmloader.sources import download as downloads
+from shmloader.sources import make_plan, open_reader, patience
 from shmloader.sources.base import SourceRequest
 from shmloader.sources.download import Progress, disk_needed, is_full
 
@@ -149,6 +152,73 @@ def test_progress_is_told_with_each_tenth(caplog, monkeypatch):
         "it: 40 bytes of 100 bytes",
         "it: 99 bytes of 100 bytes",
     ]
+
+
+def test_folder_of_the_cache_is_not_looked_at_with_each_file(monkeypatch):
+    monkeypatch.setattr(downloads, "_LOOK_S", 60.0)
+    looks: list[int] = []
+    done: list[int] = []
+
+    def written() -> int:
+        looks.append(len(done))
+        return len(done)
+
+    downloads._at_once([lambda i=i: done.append(i) for i in range(200)], written, 30.0)
+    assert sorted(done) == list(range(200))
+    assert len(looks) <= 1
+
+
+class _Files:
+    """Of a Hub that tells sizes, and gives no file."""
+
+    def __init__(self, request: SourceRequest) -> None:
+        pass
+
+    def size(self, path: str) -> int:
+        return 10
+
+
+def test_listing_that_is_remembered_is_given_up_as_a_download_is(monkeypatch):
+    released = threading.Event()
+
+    def stalls(*_: object) -> None:
+        assert released.wait(10), "it is waited for"
+
+    monkeypatch.setattr(downloads, "_LOOK_S", 0.01)
+    monkeypatch.setattr(downloads, "STALL_S", 0.1)
+    monkeypatch.setattr(downloads, "HubFiles", _Files)
+    monkeypatch.setattr(downloads, "remember_files", stalls)
+    request = SourceRequest("org/texts", "train", source_timeout_s=0.1)
+    try:
+        with pytest.raises(SourceError, match="the download was given up: nothing came") as caught:
+            downloads.download(request, [f"hf://datasets/org/texts@{'0' * 40}/data/train.parquet"])
+        assert "endpoint" in caught.value.data
+    finally:
+        released.set()
+
+
+def test_download_goes_on_while_something_comes_though_no_file_grows(monkeypatch):
+    ended = threading.Event()
+    looks: list[float] = []
+
+    def last_came() -> float:
+        looks.append(time.monotonic())
+        if len(looks) == 40:  # for longer than the watch would wait for nothing
+            ended.set()
+        return looks[-1]
+
+    monkeypatch.setattr(downloads, "_LOOK_S", 0.01)
+    monkeypatch.setattr(downloads, "STALL_S", 0.1)
+    monkeypatch.setattr(downloads, "last_came", last_came)
+    downloads._at_once([lambda: ended.wait(60) and None], lambda: 0, 0.1)
+    assert len(looks) >= 40
+
+
+def test_what_comes_to_the_client_is_noted():
+    found = patience.Patience(30.0, clock=lambda: 7.0)
+    assert found.came_at == float("-inf")
+    found.attempts("hub", "GET /it").touch()
+    assert found.came_at == 7.0
 
 
 def test_malformed_file_that_is_prepared_is_an_error_that_names_it(hub, tmp_path):

@@ -86,6 +86,27 @@ def test_body_that_breaks_off_is_gone_on_with_and_no_byte_comes_twice(tmp_path):
     assert told["reset"][1] <= told["size"] + 8001
 
 
+def listings_never_whole(world: World) -> list[Any]:
+    """What tells no version cannot be gone on with, and is asked for again as a whole."""
+    told = []
+    for end in ("cut", "reset", "stall"):
+        world.forget()
+        world.hub.faults.add(Fault(end=end, after=10, path="^/api/", times=None))
+        told.append(world.outcome(source_timeout_s=0.4).error)
+    world.forget()
+    world.hub.faults.add(Fault(429, {"Retry-After": "3600"}, times=None))
+    for _ in range(3):
+        told.append(world.outcome().error)
+    return [*told, len(world.hub.requests)]
+
+
+def test_listing_that_never_comes_whole_is_given_up_and_who_asks_to_wait_is_asked_once(tmp_path):
+    *errors, num_requests = ask(listings_never_whole, tmp_path)
+    assert all(error["data"]["endpoint"].startswith("http://127.0.0.1") for error in errors), errors
+    assert [error["data"]["status"] for error in errors[3:]] == [429] * 3
+    assert num_requests == 1
+
+
 def expired_addresses(world: World) -> list[Any]:
     _hurry()
     world.hub.is_signed = True

@@ -16,6 +16,7 @@ from support_streams import stream_of as stream_of_numbers
 from shmloader.errors import ReadError
 from shmloader.sources import make_plan, open_reader
 from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
+from shmloader.sources.patience import ServerGivenUp
 
 NUM = 150
 
@@ -127,6 +128,24 @@ def test_a_stream_that_another_process_had_begun_is_logged_to_be_read_from_its_f
     reader.close()
     (told,) = [message for message in caplog.messages if message.startswith("source reopened")]
     assert told.endswith("is read from its front up to row 64; this process had read it up to row 0")
+
+
+def unreachable(num: int) -> Iterator[dict[str, int]]:
+    """0, 1, … below ``num``; then the server is not reached any more."""
+    yield from counted(num)
+    raise ServerGivenUp("hub was given up after 30.0 s: GET it", "hub")
+
+
+def test_a_server_that_is_not_reached_is_told_with_what_to_do_for_every_chunk_of_its_iteration():
+    reader = reader_of(request_of(stream_of_numbers(unreachable, num=100)))
+    assert read(reader, chunk(0)) == list(range(64))
+    for number in (1, 2, 4, 1):
+        parts = reader.read(chunk(number), lambda row: True)
+        if number == 1:
+            assert next(parts)[1].num_rows == 36
+        with pytest.raises(ReadError, match=r"row 100\b.*was given up after.*SHMLOADER_SOURCE_TIMEOUT_S") as caught:
+            next(parts)
+        assert caught.value.endpoint.startswith("http")
 
 
 def test_a_failure_is_told_again_for_every_later_chunk_of_its_iteration():

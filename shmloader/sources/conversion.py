@@ -14,8 +14,9 @@ from typing import Any
 
 from shmloader.errors import SourceError
 from shmloader.sources.base import SourceRequest
+from shmloader.sources.download import remember
 from shmloader.sources.hub import SCHEME
-from shmloader.sources.hub_cache import CONVERSION, Snapshot, remember_files
+from shmloader.sources.hub_cache import CONVERSION, Snapshot
 from shmloader.sources.resolve import quiet_datasets, source_name, translated
 
 #: What a request may say in load= for the copy to be of the same rows: which dataset, and how to get at it.
@@ -48,7 +49,7 @@ def converted_script(request: SourceRequest, repo: str) -> tuple[Any, str]:
     found = _of_script(request, copy)
     if copy is not None and request.is_downloaded:
         with translated(request, "download"):
-            remember_files(repo, CONVERSION, copy.any_file(), request.load.get("token"))  # to start without the Hub
+            remember(request, repo, CONVERSION, copy.any_file())  # to start without the Hub
     return found
 
 

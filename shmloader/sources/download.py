@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from shmloader.sources.base import SourceRequest
 from shmloader.sources.blame import chain
 from shmloader.sources.hub import HubFiles, cached_copy, is_remote, parts_of
 from shmloader.sources.hub_cache import CONVERSION, cached_commit, folder_of, remember_files, repo_of
-from shmloader.sources.patience import STALL_S, ServerGivenUp
+from shmloader.sources.patience import STALL_S, ServerGivenUp, last_came
 from shmloader.sources.resolve import source_name, translated
 
 log = logging.getLogger("shmloader.sources")
@@ -53,6 +54,12 @@ def download(request: SourceRequest, paths: Sequence[str]) -> list[str]:
         with translated(request, "download"):
             _fetch(request, missing)
     return [cached_copy(path) or path for path in paths]
+
+
+def remember(request: SourceRequest, repo: str, revision: str | None, name: str) -> None:
+    """As `remember_files`, given up as a download is."""
+    job = partial(remember_files, repo, revision, name, request.load.get("token"))
+    _at_once([job], lambda: _blob_bytes(repo, "*.incomplete"), request.source_timeout_s)
 
 
 @contextlib.contextmanager
@@ -140,8 +147,8 @@ def _fetch(request: SourceRequest, paths: Sequence[str]) -> None:
         if own:  # for a start without the Hub
             smallest = places[min(own, key=sizes.__getitem__)]
             assert smallest is not None
-            remember_files(smallest[0], request.load.get("revision"), smallest[2], token)
-        _at_once(fetch, paths, written, request.source_timeout_s)
+            remember(request, smallest[0], request.load.get("revision"), smallest[2])
+        _at_once([partial(fetch, path) for path in paths], written, request.source_timeout_s)
     log.info("%s: downloaded %s", name, size_text(num_bytes))
 
 
@@ -162,24 +169,24 @@ def _whole(fetch: Callable[[], Path], path: str, num_bytes: int) -> None:
                 raise
 
 
-def _at_once(fetch: Callable[[str], None], paths: Sequence[str], written: Callable[[], int], timeout_s: float) -> None:
-    """Have threads call ``fetch`` with each path. Raises what the first that fails did, and waits for no other then.
+def _at_once(jobs: Sequence[Callable[[], None]], written: Callable[[], int], timeout_s: float) -> None:
+    """Have threads do ``jobs``. Raises what the first that fails did, and waits for no other then.
 
-    written: how many bytes are there. Raises ServerGivenUp if that does not grow: some fetch without our client.
+    written, timeout_s: see `_Watch`.
     """
-    waiting, failures = deque(paths), []
+    waiting, failures = deque(jobs), []
     moved = threading.Condition()
-    num_left = len(paths)
+    num_left = len(jobs)
 
     def work() -> None:
         nonlocal num_left
         while True:
             try:
-                path = waiting.popleft()
+                job = waiting.popleft()
             except IndexError:
                 return
             try:
-                fetch(path)
+                job()
             except Exception as error:
                 failures.append(error)
                 waiting.clear()
@@ -188,20 +195,38 @@ def _at_once(fetch: Callable[[str], None], paths: Sequence[str], written: Callab
                 moved.notify()
 
     # Daemons: what is under way when one fails may take any time, and nobody waits for it.
-    for _ in range(min(DOWNLOADS_AT_ONCE, len(paths))):
+    for _ in range(min(DOWNLOADS_AT_ONCE, len(jobs))):
         threading.Thread(target=work, daemon=True, name="shmloader-download").start()
-    last, since = written(), time.monotonic()
+    watch = _Watch(written, timeout_s)
     with moved:
         while num_left and not failures:
             moved.wait(_LOOK_S)
-            if (now := written()) != last:
-                last, since = now, time.monotonic()
-            elif (silent_s := time.monotonic() - since) > timeout_s + STALL_S:
-                raise ServerGivenUp(
-                    f"the download was given up: nothing came for {silent_s:.0f} s", "the Hub's storage"
-                )
+            watch.look()
     if failures:
         raise failures[0]
+
+
+class _Watch:
+    """Whether a download goes on: its bytes grow, or something comes to our client, which some fetch without.
+
+    written: how many bytes are there; it is not asked more often than each `_LOOK_S`, since that looks at many files.
+    """
+
+    def __init__(self, written: Callable[[], int], timeout_s: float) -> None:
+        self._written, self._timeout_s = written, timeout_s
+        self._last = written()
+        self._looked = self._since = time.monotonic()
+
+    def look(self) -> None:
+        """Raise `ServerGivenUp` if nothing came for too long."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return
+        num_bytes, self._looked = self._written(), now
+        self._since = now if num_bytes != self._last else max(self._since, last_came())
+        self._last = num_bytes
+        if (silent_s := now - self._since) > self._timeout_s + STALL_S:
+            raise ServerGivenUp(f"the download was given up: nothing came for {silent_s:.0f} s", "the Hub's storage")
 
 
 def _blob_bytes(repo: str, pattern: str) -> int:

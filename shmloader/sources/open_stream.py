@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
 from shmloader.errors import ReadError, ShmloaderError
-from shmloader.sources.answers import told_of
+from shmloader.sources.answers import remedy, told_of
 from shmloader.sources.base import Chunk, OnRow, SourcePlan, SourceRequest
 from shmloader.sources.blame import why_failed
 from shmloader.sources.media_files import MediaFiles
@@ -21,13 +22,28 @@ from shmloader.sources.stream_rows import StreamTables
 Key = tuple[int, int]
 
 
+@dataclass(frozen=True)
+class _Failure:
+    """Why an iteration ended before the stream did. row: which cannot be read. data: for that of the errors."""
+
+    row: int
+    why: str
+    advice: str
+    data: dict[str, Any]
+
+    @classmethod
+    def of(cls, row: int, error: Exception) -> _Failure:
+        """What is to be told of ``error``, which itself would keep all that it was raised in."""
+        return cls(row, why_failed(error), remedy(error, ""), told_of(error))
+
+
 class _Iteration:
-    """One iteration of the stream, as far as it was read. failed: the row that cannot be read, and why."""
+    """One iteration of the stream, as far as it was read."""
 
     def __init__(self, tables: Iterator[pa.Table]) -> None:
         self.tables = tables
         self.next_row = 0
-        self.failed: tuple[int, str] | None = None
+        self.failed: _Failure | None = None
 
 
 class OpenStreamReader:
@@ -56,7 +72,7 @@ class OpenStreamReader:
         """
         found = self._iteration(chunk)
         if found.failed is not None:
-            raise self._read_error(chunk, *found.failed)  # not all of it again
+            raise self._read_error(chunk, found.failed)  # not all of it again
         rows: list[pa.Table] = []
         failure: Exception | None = None
         try:
@@ -71,12 +87,11 @@ class OpenStreamReader:
         if unfit is not None:  # before whatever came behind
             failure, row = unfit, chunk.first_row + (0 if batch is None else batch.num_rows)
         if failure is not None:
-            found.failed = (row, why_failed(failure))
+            found.failed = _Failure.of(row, failure)
         if batch is not None:
             yield chunk.first_row, batch
         if failure is not None and found.failed is not None:
-            told = self._read_error(chunk, *found.failed)
-            told.data |= told_of(failure)
+            told = self._read_error(chunk, found.failed)
             if has_secret(self._request, str(failure)):
                 raise told from None
             raise told from failure
@@ -114,7 +129,7 @@ class OpenStreamReader:
         """The one that ``chunk`` is of; another one if that was read beyond, but for one that failed before."""
         one, other, epoch = chunk.piece[:3]
         found = self._iterations.get((one, other))
-        is_failed = found is not None and found.failed is not None and found.failed[0] <= chunk.first_row
+        is_failed = found is not None and found.failed is not None and found.failed.row <= chunk.first_row
         if found is not None and (is_failed or found.next_row <= chunk.first_row):
             return found
         if found is not None or chunk.first_row:
@@ -149,28 +164,30 @@ class OpenStreamReader:
             self._stream, self._features = open_planned(self._request, self._plan)
         yield from StreamTables(self._stream, self._features, self._schema.names, 1, epoch)
 
-    def _read_error(self, chunk: Chunk, row: int, why: str) -> ReadError:
-        """Of ``chunk``'s rows from ``row`` on, or of all of them if that lies before."""
-        first, end = max(row, chunk.first_row), chunk.first_row + chunk.num_rows
-        what = f"row {row} of the stream, and none after it"
-        if row < chunk.first_row:
-            what = f"rows {first} to {end - 1} of the stream, which failed at row {row}"
-        return self._error(f"{what}: {without_secrets(self._request, why)}", first, end)
+    def _read_error(self, chunk: Chunk, failed: _Failure) -> ReadError:
+        """Of ``chunk``'s rows from the one that failed on, or of all of them if that lies before."""
+        first, end = max(failed.row, chunk.first_row), chunk.first_row + chunk.num_rows
+        what = f"row {failed.row} of the stream, and none after it"
+        if failed.row < chunk.first_row:
+            what = f"rows {first} to {end - 1} of the stream, which failed at row {failed.row}"
+        what = f"{what}: {without_secrets(self._request, failed.why)}"
+        return self._error(f"{what}. {failed.advice}" if failed.advice else f"{what}.", first, end, **failed.data)
 
     def _too_few(self, chunk: Chunk, num_rows: int) -> ReadError:
         first, end = chunk.first_row, chunk.first_row + chunk.num_rows
         return self._error(
             f"rows {first} to {end - 1} of the stream: it gave {num_rows} rows now, and more before. "
-            "Check that it gives the same rows each time it is read",
+            "Check that it gives the same rows each time it is read.",
             first,
             end,
         )
 
-    def _error(self, what: str, first: int, end: int) -> ReadError:
+    def _error(self, what: str, first: int, end: int, **data: Any) -> ReadError:
         return ReadError(
-            f"{self._plan.name}, split {self._plan.split!r}: cannot read {what}.",
+            f"{self._plan.name}, split {self._plan.split!r}: cannot read {what}",
             dataset=self._plan.name,
             shard=self._plan.shards[0],
             first_row=first,
             num_rows=end - first,
+            **data,
         )

@@ -4,9 +4,10 @@ Holds for every request that a service makes, whichever library makes it (patien
 `SourceRequest.source_timeout_s` have passed in which nothing came, and then ends in a `ServerGivenUp`, which no library
 takes for an answer or tries again.
 
-A host that was not even reached is left alone for `REST_S` by this process: what is asked of it meanwhile fails at
-once, so that several datasets of a dead Hub take one timeout and not one each. After that, and where it answered with
-nothing but errors, a request is tried briefly, until one succeeds.
+A host that was not even reached is left alone for `REST_S` by this process, and one that asks to wait for longer than
+may be waited, until then: what is asked of it meanwhile fails at once, so that several datasets of a dead Hub take one
+timeout and not one each. After that, and where it answered with nothing but errors, a request is tried once, until one
+succeeds. Whether a host is one that the request began with, or one that it was led to, is all the same.
 
 Imports neither ``huggingface_hub`` nor its HTTP library.
 """
@@ -17,7 +18,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -32,8 +34,6 @@ _JITTER = 0.25
 STALL_S = 10.0
 #: A host that was not reached is not tried again for so long (guessed).
 REST_S = 5.0
-#: A host that was given up is then tried for this share of the time, until it answers.
-BRIEF_SHARE = 0.1
 #: HTTP: the server is there, and may do it later.
 BUSY = frozenset((408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524))
 _RATE_LIMIT = re.compile(r"\br\s*=\s*0\b.*?\bt\s*=\s*(\d+)")
@@ -56,23 +56,21 @@ class ServerGivenUp(Exception):
         return (type(self), (str(self), self.host, self.status, self.is_refusal))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Host:
-    """A host that was given up, and has not answered since. is_silent: it was not reached at all."""
+    """A host that was given up, and has done no work since. until: it is not asked before."""
 
     since: float
+    until: float
     why: str
     status: int | None
-
-    @property
-    def is_silent(self) -> bool:
-        return self.status is None
 
 
 class Patience:
     """How long the servers that a process asks are tried. Thread-safe.
 
     timeout_s: without anything coming. touch: called with whatever comes. clock, sleep: for tests.
+    came_at: when something last came, by the clock; -inf: nothing has.
     """
 
     def __init__(
@@ -83,14 +81,22 @@ class Patience:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.timeout_s, self.touch, self.clock, self.sleep = timeout_s, touch, clock, sleep
+        self.came_at = float("-inf")
         self._hosts: dict[str, _Host] = {}
+        self._heard_at: dict[str, float] = {}
         self._lock = threading.Lock()
 
     def check(self, host: str) -> None:
         """Raise `ServerGivenUp` if ``host`` is left alone now."""
-        found = self._hosts.get(host)
-        if found is not None and found.is_silent and (ago := self.clock() - found.since) < REST_S:
-            raise ServerGivenUp(f"{host} was given up {ago:.1f} s ago ({found.why})", host)
+        found, now = self._hosts.get(host), self.clock()
+        if found is not None and now < found.until:
+            raise ServerGivenUp(
+                f"{host} was given up {now - found.since:.1f} s ago ({found.why}), and is not asked for another "
+                f"{found.until - now:.0f} s",
+                host,
+                found.status,
+                found.status is not None,
+            )
 
     @property
     def silence_s(self) -> float:
@@ -100,27 +106,49 @@ class Patience:
     def attempts(self, host: str, what: str) -> Attempts:
         """The tries of one request. what: the request, in words. Raises as `check`."""
         self.check(host)
-        share = BRIEF_SHARE if host in self._hosts else 1.0
-        return Attempts(self, host, what, self.timeout_s * share)
+        return Attempts(self, host, what)
+
+    def given_up(self) -> frozenset[str]:
+        """The hosts that were given up, and have done no work since."""
+        with self._lock:
+            return frozenset(self._hosts)
+
+    def came(self) -> None:
+        """Something came."""
+        self.came_at = self.clock()
+        self.touch()
+
+    def heard(self, host: str) -> None:
+        """``host`` gave an answer, be it that it cannot do its work."""
+        self._heard_at[host] = self.clock()
+
+    def was_heard(self, host: str, since: float) -> bool:
+        """Whether ``host`` gave anybody an answer after ``since``."""
+        return self._heard_at.get(host, since) > since
 
     def answered(self, host: str) -> None:
         """``host`` does its work."""
+        self.came_at = self._heard_at[host] = self.clock()
         if host in self._hosts:
             with self._lock:
                 self._hosts.pop(host, None)
 
-    def gave_up(self, host: str, why: str, status: int | None) -> None:
-        """``host`` was tried for as long as may be."""
+    def gave_up(self, host: str, why: str, status: int | None, rest_s: float = 0.0) -> None:
+        """``host`` was tried for as long as may be. rest_s: it is not to be asked for so long."""
+        now = self.clock()
         with self._lock:
-            self._hosts[host] = _Host(self.clock(), why, status)
+            found = self._hosts.get(host)
+            if found is None or found.until <= now + rest_s:
+                self._hosts[host] = _Host(now, now + rest_s, why, status)
 
 
 class Attempts:
     """The tries of one request, with what is fetched of its body. For one thread."""
 
-    def __init__(self, patience: Patience, host: str, what: str, timeout_s: float) -> None:
-        self._patience, self._host, self._what, self._timeout_s = patience, host, what, timeout_s
-        self._since = patience.clock()
+    def __init__(self, patience: Patience, host: str, what: str) -> None:
+        self._patience, self._host, self._what, self._timeout_s = patience, host, what, patience.timeout_s
+        self._doubted = patience.given_up()
+        self._began = self._since = patience.clock()
         self._num_tries = 0
         self._wait_s = FIRST_WAIT_S
 
@@ -136,52 +164,69 @@ class Attempts:
         return max(min(most, self.left_s), min(0.5, self._timeout_s))
 
     def progress(self) -> None:
-        """Something came: the time begins anew."""
-        self._since = self._patience.clock()
+        """Something came that is kept whatever becomes of the rest: the time begins anew."""
+        self._began = self._since = self._patience.clock()
         self._num_tries, self._wait_s = 0, FIRST_WAIT_S
-        self._patience.touch()
+        self._patience.came()
 
     def touch(self) -> None:
         """Something came that is of no use if the rest does not come."""
-        self._patience.touch()
+        self._patience.came()
 
-    def resume(self) -> None:
-        """More is asked for only now: what was done in between is not the server's doing."""
-        self._since = self._patience.clock()
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """For what is done while nothing is asked for: it is not the server's doing, and takes none of the time."""
+        began = self._patience.clock()
+        try:
+            yield
+        finally:
+            self._since += self._patience.clock() - began
 
     def failed(
-        self, error: Exception | None, host: str | None = None, status: int | None = None, wait_s: float = 0.0
+        self,
+        error: Exception | None,
+        host: str | None = None,
+        status: int | None = None,
+        wait_s: float = 0.0,
+        is_unreached: bool = False,
     ) -> None:
         """A try failed: return when the next may begin.
 
         error: why; None: ``status`` says so. host: which one failed, of several that were led to. wait_s: what the
-        server asked to wait.
+        server asked to wait. is_unreached: there was no connection to it.
 
         Raises:
-            ServerGivenUp: the time is over, or will be before the server may be asked again.
+            ServerGivenUp: the time is over, or will be before the server may be asked again; or the host had been given
+                up before the request began, and has done no work since.
         """
         self._num_tries += 1
         host = host or self._host
+        if status is not None:
+            self._patience.heard(host)
         why = f"HTTP {status}" if error is None else f"{type(error).__name__}: {error}".rstrip(": ")
         left_s = self.left_s
-        if left_s <= 0 or wait_s > left_s:
-            raise self._given_up(host, why, status, wait_s if left_s > 0 else 0.0) from error
+        is_refusal = left_s > 0 and wait_s > left_s
+        is_doubted = host in self._doubted and host in self._patience.given_up()
+        if left_s <= 0 or is_refusal or is_doubted:
+            if is_refusal:
+                why += (
+                    f", and asks to wait for {wait_s:.0f} s, which is longer than is left of the {self._timeout_s:g} s "
+                    "of SHMLOADER_SOURCE_TIMEOUT_S"
+                )
+            elif is_doubted:
+                why += ", and it had been given up before"
+            is_silent = status is None and (is_unreached or not self._patience.was_heard(host, self._began))
+            self._patience.gave_up(host, why, status, REST_S if is_silent else wait_s)
+            raise self._given_up(host, why, status, is_refusal) from error
         pace_s = self._wait_s * random.uniform(1 - _JITTER, 1 + _JITTER)
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
         self._patience.sleep(min(max(wait_s, pace_s), left_s))
 
-    def _given_up(self, host: str, why: str, status: int | None, wait_s: float) -> ServerGivenUp:
+    def _given_up(self, host: str, why: str, status: int | None, is_refusal: bool) -> ServerGivenUp:
         spent_s = self._timeout_s - self.left_s
-        asked = (
-            f", and asks to wait for {wait_s:.0f} s, which is longer than is left of the {self._timeout_s:g} s of "
-            "SHMLOADER_SOURCE_TIMEOUT_S"
-            if wait_s
-            else ""
-        )
         times = "once" if self._num_tries == 1 else f"{self._num_tries} times"
-        self._patience.gave_up(host, why, status)
-        text = f"{host} was given up after {spent_s:.1f} s: {self._what}, tried {times}: {why}{asked}"
-        return ServerGivenUp(text, host, status, bool(wait_s))
+        text = f"{host} was given up after {spent_s:.1f} s: {self._what}, tried {times}: {why}"
+        return ServerGivenUp(text, host, status, is_refusal)
 
 
 def asked_wait_s(headers: Mapping[str, str], now_s: float) -> float:
@@ -221,3 +266,8 @@ def be_patient(timeout_s: float, touch: Callable[[], None] | None = None) -> Non
         _patience.timeout_s = timeout_s
         if touch is not None:
             _patience.touch = touch
+
+
+def last_came() -> float:
+    """When something last came of a Hub to this process, by `time.monotonic`; -inf: nothing has."""
+    return float("-inf") if _patience is None else _patience.came_at

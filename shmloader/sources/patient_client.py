@@ -4,7 +4,8 @@
 
     send ── a busy server, a connection that fails ──▶ wait, and again          (patience.py says for how long)
       │  ── a signed address that has expired ───────▶ ask for a new one where it came from
-      └─▶ body ── cut, reset or stalled ─────────────▶ the rest of it, by its range, behind what came already
+      └─▶ body ── cut, reset or stalled ─────────────▶ the rest of it, by its range, behind what came already; all of
+                                                       it, if it tells no version (most of /api/)
 
 So no layer above sees anything but whole answers and a `ServerGivenUp`. Imports ``huggingface_hub``.
 """
@@ -15,7 +16,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import constants, get_session, set_client_factory
@@ -36,6 +37,8 @@ _MOST_ORIGINS = 4096
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 #: Not worth another try: the request itself is wrong.
 _OURS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+#: There was no connection.
+_UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout)
 
 
 def install(patience: Patience) -> None:
@@ -114,7 +117,8 @@ class PatientClient(httpx.Client):
         self._patience.check(_host(request.url))
 
     def _failed(self, attempts: Attempts, request: httpx.Request, error: httpx.TransportError) -> None:
-        attempts.failed(error, _host(_request_of(error, request).url))
+        host = _host(_request_of(error, request).url)
+        attempts.failed(error, host, is_unreached=isinstance(error, _UNREACHED))
 
     def _is_expired(self, response: httpx.Response) -> bool:
         url = response.request.url
@@ -153,20 +157,23 @@ class _Body(httpx.SyncByteStream):
         self._client, self._request, self._attempts, self._options = client, request, attempts, options
         assert isinstance(response.stream, httpx.SyncByteStream)
         self._stream: httpx.SyncByteStream = response.stream
+        self._parts: Iterable[bytes] = response.stream  # of it those that are still wanted
         self._span = _span(response)
         self._etag = response.headers.get("etag")
         self._num_read = 0
 
     def __iter__(self) -> Iterator[bytes]:
-        self._attempts.resume()
         while True:
             error: httpx.TransportError
             try:
-                for part in self._stream:
+                for part in self._parts:
+                    if self._span is None or not part:  # it has to be fetched again, or had come already
+                        self._attempts.touch()
+                    else:
+                        self._attempts.progress()
                     self._num_read += len(part)
-                    self._attempts.touch() if self._span is None else self._attempts.progress()
-                    yield part
-                    self._attempts.resume()
+                    with self._attempts.paused():
+                        yield part
                 if self._span is None or self._num_read >= self._span[1] - self._span[0]:
                     return
                 error = httpx.RemoteProtocolError(f"it ended after {self._num_read} bytes", request=self._request)
@@ -190,9 +197,13 @@ class _Body(httpx.SyncByteStream):
             request = httpx.Request(self._request.method, self._request.url, headers=headers)
             response = self._client.answer(request, self._attempts, self._options)
             assert isinstance(response.stream, httpx.SyncByteStream)
-            self._stream = response.stream
-            changed = self._etag != response.headers.get("etag")
-            if _span(response) == (first + self._num_read, end) and not changed:
+            self._stream = self._parts = response.stream
+            changed, span = self._etag != response.headers.get("etag"), _span(response)
+            at = first + self._num_read
+            if span == (at, end) and not changed:
+                return
+            if span is not None and span[0] <= at and end <= span[1] and not changed:  # it ignores ranges
+                self._parts = _between(response.stream, at - span[0], end - span[0])
                 return
             told = "another version of it" if changed else "not the bytes that were asked for"
             error = httpx.RemoteProtocolError(
@@ -212,6 +223,16 @@ def _span(response: httpx.Response) -> tuple[int, int] | None:
         return (int(told[1]), int(told[2]) + 1) if told else None
     length = headers.get("content-length", "")
     return (0, int(length)) if length.isdigit() else None
+
+
+def _between(parts: Iterable[bytes], first: int, end: int) -> Iterator[bytes]:
+    """The bytes from ``first`` to before ``end``, and an empty part for each of those before."""
+    at = 0
+    for part in parts:
+        yield part[max(first - at, 0) : end - at]
+        at += len(part)
+        if at >= end:
+            return
 
 
 def _timeouts(request: httpx.Request, silence_s: float) -> dict[str, float]:

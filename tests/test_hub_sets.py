@@ -104,3 +104,16 @@ def test_a_pass_fetches_no_more_than_the_datasets_bytes_whatever_the_number_of_w
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     return write_images(folder, {"train-0.parquet": 240}, side=260, row_group=60) / "data" / "train-0.parquet"
+
+
+def test_shards_that_several_prefetchers_read_are_fetched_once_between_them(hub):
+    """Each is small enough to be fetched whole, and has row groups for both."""
+    folder = write_images(
+        hub.root / "org" / "pictures", {f"train-{i}.parquet": 60 for i in range(3)}, side=250, row_group=12
+    )
+    sizes = [path.stat().st_size for path in (folder / "data").iterdir()]
+    assert max(sizes) < 8 << 20 < sum(sizes)
+    with opened("org/pictures", options=small_options(ring_bytes="512MiB", prefetchers=2)) as dataset:
+        labels = [int(label) for batch in DataLoader(dataset, 16, shuffle=True) for label in batch["labels"]]
+        assert len(labels) == 180
+        assert 0.9 * sum(sizes) < hub.num_bytes_of(".parquet") <= 1.05 * sum(sizes)

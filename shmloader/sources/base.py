@@ -70,7 +70,7 @@ GUESSED_ROW_BYTES = 64 << 10
 SYNTHETIC = " (synthetic)"
 
 #: Of the JSON of a plan: to be raised with every change of what it holds or of how chunks are cut.
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class SourcePlan:
     resolved: what of the request was found out, as arguments for ``dataclasses.replace``: where a short name lies, and
         under which split; of ``load`` what is to be added to it. What reads the plan's chunks goes by `resolve`.
     why: why it is not what was asked for, where it fell back ("synthetic", "downloaded").
-    shard_bytes: size of each shard's file, where known. notices: one line each, for the user to see.
+    shard_bytes: size of each shard's file, where known. footer_bytes: of each Parquet file on a Hub, those of its
+        footer. notices: one line each, for the user to see.
     warnings: the same, of what changes what is trained on, or where it is from.
     units: for each chunk the index of its unit's first chunk. The chunks of a unit lie one behind the other in
     something that can only be read front to back (a large row group, a stream): one reader, in order.
@@ -135,6 +136,7 @@ class SourcePlan:
     resolved: dict[str, Any] = field(default_factory=dict)
     why: str | None = None
     shard_bytes: tuple[int, ...] = ()
+    footer_bytes: tuple[int, ...] = ()
     units: tuple[int, ...] = ()
     chunk_bytes: tuple[int, ...] = ()
     row_bytes: int = GUESSED_ROW_BYTES

@@ -18,7 +18,7 @@ from shmloader.sources.patience import be_patient
 
 SCHEME = "hf://"
 
-#: Files below this are fetched whole, with one request, and kept (DESIGN.md, decision 18).
+#: Files below this of which all rows are read at once are fetched whole, with one request.
 WHOLE_FILE_BYTES = 8 << 20
 #: Most such files kept at a time, so at most 64 MiB.
 MAX_WHOLE_FILES = 8
@@ -88,6 +88,12 @@ class HubFiles:
         while len(self._whole) > MAX_WHOLE_FILES:
             self._whole.popitem(last=False)
         return pa.BufferReader(buffer)
+
+    def read_at(self, path: str, num_bytes: int, offset: int, wanted: int) -> bytes:
+        """``wanted`` bytes from ``offset`` on, of the file that has ``num_bytes``."""
+        with self.open(path, num_bytes) as file:
+            file.seek(offset)
+            return bytes(file.read(wanted))
 
     def read_whole(self, path: str) -> bytes:
         """All bytes of the file, with one request, and without asking for its size before."""

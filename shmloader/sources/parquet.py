@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ from shmloader.errors import ReadError, ShmloaderError
 from shmloader.sources.answers import remedy, told_of
 from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
 from shmloader.sources.hub import WHOLE_FILE_BYTES, HubFiles, is_remote
+from shmloader.sources.parquet_footer import read_footer
 from shmloader.sources.resolve import without_secrets
 from shmloader.sources.rows import conform
 
@@ -22,6 +25,8 @@ STREAM_BUFFER_BYTES = 4 << 20
 #: Bytes of a batch of such a row group, and its most rows (guessed: few batches, and little that is held twice).
 STREAM_BATCH_BYTES = 4 << 20
 STREAM_BATCH_ROWS = 8192
+#: Footers that are kept (guessed: some KB each).
+MOST_FOOTERS = 1024
 
 
 _DAMAGED = (
@@ -47,9 +52,11 @@ class ParquetReader:
     def __init__(self, request: SourceRequest, plan: SourcePlan, touch: Callable[[], None] = lambda: None) -> None:
         self._plan, self._request, self._touch = plan, request, touch
         self._schema = plan.schema
+        self._num_chunks = Counter(chunk.shard for chunk in plan.chunks)
         names = plan.columns.class_names
         self._class_names = {plan.columns.labels: names} if plan.columns.labels and names else {}
         self._hub: HubFiles | None = None
+        self._footers: dict[int, pq.FileMetaData] = {}
         self._file: tuple[int, bool, pq.ParquetFile, Any] | None = None
         self._stream: _Stream | None = None
 
@@ -120,15 +127,11 @@ class ParquetReader:
 
         is_whole: for row groups that are read at once; the others go through a small buffer.
         """
-        metadata = None
-        if self._file is not None and self._file[0] == shard:
-            if self._file[1] == is_whole:
-                return self._file[2]
-            metadata = self._file[2].metadata
+        if self._file is not None and self._file[:2] == (shard, is_whole):
+            return self._file[2]
         self._close_file()
         source = self._source(shard)
-        if metadata is None:
-            metadata = pq.read_metadata(source)
+        metadata = self._footer(shard, source)
         pre_buffer = is_whole and is_remote(self._plan.shards[shard])
         buffer_bytes = 0 if is_whole else STREAM_BUFFER_BYTES
         file = pq.ParquetFile(source, metadata=metadata, pre_buffer=pre_buffer, buffer_size=buffer_bytes)
@@ -143,9 +146,27 @@ class ParquetReader:
         if self._hub is None:
             self._hub = HubFiles(self._request, self._touch)
         num_bytes = self._plan.shard_bytes[shard]
-        if num_bytes < WHOLE_FILE_BYTES:
+        # Of more chunks each prefetcher would fetch it all, which is little of a small dataset, and saves requests.
+        is_alone = self._num_chunks[shard] == 1 or sum(self._plan.shard_bytes) < WHOLE_FILE_BYTES
+        if num_bytes < WHOLE_FILE_BYTES and is_alone:
             return self._hub.open_whole(path, num_bytes)
         return self._hub.open(path, num_bytes)
+
+    def _footer(self, shard: int, source: Any) -> pq.FileMetaData:
+        """The footer of the shard's file; those of files on a Hub are kept, since chunks come from any of them."""
+        found = self._footers.get(shard)
+        if found is not None:
+            return found
+        path = self._plan.shards[shard]
+        if not is_remote(path) or isinstance(source, pa.BufferReader):
+            return pq.read_metadata(source)
+        assert self._hub is not None
+        sizes = self._plan.shard_bytes[shard], self._plan.footer_bytes[shard]
+        found, _ = read_footer(partial(self._hub.read_at, path, sizes[0]), *sizes)
+        if len(self._footers) >= MOST_FOOTERS:
+            self._footers.clear()
+        self._footers[shard] = found
+        return found
 
     def _close_file(self) -> None:
         self._stream = None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from shmloader.sources.answers import is_unreachable
 from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
 from shmloader.sources.columns import choose_columns
 from shmloader.sources.hub import HubFiles, NoRanges, cached_copy, is_remote
+from shmloader.sources.parquet_footer import read_footer
 from shmloader.sources.resolve import empty_dataset, source_name, translated
 from shmloader.sources.rows import KEPT_TABLE_BYTES, plain_schema, stream_bytes
 
@@ -34,6 +36,7 @@ class _Footer:
     path: str
     num_bytes: int
     metadata: pq.FileMetaData
+    footer_bytes: int = 0
 
 
 def can_plan(builder: Any) -> bool:
@@ -89,6 +92,7 @@ def plan_parquet(request: SourceRequest, builder: Any) -> SourcePlan:
         num_bytes=sum(footer.num_bytes for footer in footers),
         notices=notices,
         shard_bytes=tuple(footer.num_bytes for footer in footers),
+        footer_bytes=tuple(footer.footer_bytes for footer in footers),
         units=units,
         chunk_bytes=chunk_bytes,
     )
@@ -113,8 +117,7 @@ def _read_footers(request: SourceRequest, paths: Sequence[str]) -> list[_Footer]
 def _read_footer(name: str, path: str, num_bytes: int, hub: HubFiles | None) -> _Footer:
     try:
         if hub is not None and is_remote(path):
-            with hub.open(path, num_bytes) as file:
-                return _Footer(path, num_bytes, pq.read_metadata(file))
+            return _Footer(path, num_bytes, *read_footer(partial(hub.read_at, path, num_bytes), num_bytes))
         return _Footer(path, num_bytes, pq.read_metadata(path))
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, NoRanges) or is_unreachable(error) or type(error).__module__.startswith("huggingface_hub"):

@@ -68,6 +68,7 @@ def joined(pieces: Sequence[Piece], like: SourcePlan) -> SourcePlan:
         notices=_each_once(plan.notices for plan in plans),
         warnings=_each_once(plan.warnings for plan in plans),
         shard_bytes=(),
+        footer_bytes=(),
         listing=None,
         parts=tuple(plans),
     )

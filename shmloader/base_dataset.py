@@ -193,8 +193,9 @@ class SharedDataset:
 
         Each a dict: source, shard, row, num_rows (more than 1: of a chunk that cannot be read, from ``row`` on), field,
         error (the name of its class) and message. Rows are known once they were decoded or, where their shard cannot
-        be read, asked for. What `max_bad` counts are those that were asked for. Of a stream without a length ``row`` is
-        the position, and each iteration has its own. The first 32,768 are listed.
+        be read, asked for. What `max_bad` counts are those that were asked for; of a chunk that cannot be read it
+        counts all rows as soon as one was. Of a stream without a length ``row`` is the position, and each iteration
+        has its own. The first 32,768 are listed.
         """
         return self._reader.quarantine()
 

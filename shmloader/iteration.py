@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import shmloader._native as native
-from shmloader.errors import RingError, SampleError, ShmloaderError
+from shmloader.errors import RecordTooLargeError, RingError, SampleError, ShmloaderError
 from shmloader.order import Kind
 from shmloader.policy import is_bad_row
 from shmloader.prefetch.plan import LAST_POSITION
@@ -155,7 +155,7 @@ class Iteration:
         try:
             refs = self._reader.wait_for(self._ids(block), self._place(block))
             return refs, _num_ready(refs)
-        except SampleError as error:  # not one of the stream, behind which nothing comes
+        except (SampleError, RecordTooLargeError) as error:  # not one of the stream, behind which nothing comes
             if error.at is None or not is_bad_row(error):
                 raise
             position = error.at[0] - self._first_id
@@ -170,7 +170,7 @@ class Iteration:
         for behind in itertools.count(position + 1):
             try:
                 refs = self._reader.wait_for([self.id_of(behind)], place)
-            except SampleError as error:
+            except (SampleError, RecordTooLargeError) as error:
                 if not is_bad_row(error):
                     raise
                 continue
@@ -179,7 +179,7 @@ class Iteration:
             break
         return None
 
-    def _count_bad(self, error: SampleError, position: int) -> None:
+    def _count_bad(self, error: ShmloaderError, position: int) -> None:
         """Raise if too many of the rows that this reader has come to are bad."""
         self._num_bad += 1
         policy = self._reader.policy

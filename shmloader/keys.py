@@ -40,6 +40,7 @@ class Face:
         ``source``, as far as shown.
     sources: the names of the sources. source_name: under which name samples have theirs; None: they have not.
     is_strict: a batch in which a field is lacking is an error, since no field of it could tell.
+    labels: under which name samples have their labels, or class; None: they have none.
     """
 
     fields: tuple[Field, ...]
@@ -50,6 +51,7 @@ class Face:
     sources: tuple[str, ...]
     source_name: str | None
     is_strict: bool
+    labels: str | None
 
     def __hash__(self) -> int:
         return self._hash
@@ -180,6 +182,9 @@ class Keys:
             sources=schema.sources,
             source_name=strings[1][0],
             is_strict=self.is_all,
+            labels=next(
+                (name for name, field in zip(names, schema.fields, strict=True) if field.name == "labels"), None
+            ),
         )
         _check_names(given, face)
         return face

@@ -25,11 +25,10 @@ def made_up(like: Sample, plan: SetPlan, row: int) -> Sample:
     assert attachment is not None
     face, classes, origin = attachment.face, plan.class_names(row), plan.origin(row)
     seed = f"{origin['source']}\0{origin['row']}"
-    labels = next((field.name for field in face.fields if field.name == "labels" and not field.shape), None)
     items: dict[str, Any] = {}
     for key, value in like.items():
         if isinstance(value, torch.Tensor):
-            is_class = key == labels and classes
+            is_class = key == face.labels and classes and value.numel() == 1
             items[key] = _drawn(value, seed, len(classes)) if is_class else _shuffled(value, seed)
         elif key == face.source_name:
             items[key] = f"{value}{SYNTHETIC}"
@@ -46,7 +45,7 @@ def _shuffled(value: torch.Tensor, seed: str) -> torch.Tensor:
 
 
 def _drawn(value: torch.Tensor, seed: str, num_classes: int) -> torch.Tensor:
-    return torch.tensor(int(_random(seed, ()).integers(num_classes)), dtype=value.dtype)
+    return torch.full_like(value, int(_random(seed, ()).integers(num_classes)))
 
 
 def _random(seed: str, shape: Sequence[int]) -> np.random.Generator:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from shmloader.errors import OptionError, RingError, ShmloaderError, SourceError
+from shmloader.errors import OptionError, RecordTooLargeError, RingError, ShmloaderError, SourceError
 
 #: ``fallback=``: what may stand in for a dataset that cannot be read as it was asked for (sources/fallback.py).
 FALLBACKS = ("synthetic", "download", "error")
@@ -57,9 +57,12 @@ class BadRows:
 def is_bad_row(error: ShmloaderError) -> bool:
     """Whether what a reader met is the fault of a row, or of the chunk that it is in, and of nothing else.
 
-    Not what is wrong with the ring, what died of want of memory, or that nothing moves.
+    Not what is wrong with the ring, what died of want of memory, or that nothing moves. A sample that is larger than
+    the ring is its row's; a chunk that is larger than the room for it is not, since then the room is too small.
     """
-    return error.at is not None and not isinstance(error, RingError) and not error.data.get("of_memory")
+    if error.at is None or error.data.get("of_memory"):
+        return False
+    return not isinstance(error, RingError) or (isinstance(error, RecordTooLargeError) and error.at[1] is None)
 
 
 def is_passing(error: ShmloaderError) -> bool:

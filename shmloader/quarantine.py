@@ -13,7 +13,8 @@ an entry     prefetchers, readers; at the end  readers, for the list and    the 
                                                                             meets the row next
 ===========  ================================  ===========================  ====================================
 
-Two that add the same row at the same time leave it there twice, which readers take for one.
+Two that add the same row at the same time leave it there twice, which readers take for one. What prefetchers find may
+fill half of the list: the rest is for what readers meet, since that is counted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import fcntl
 import json
 import os
 import struct
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from shmloader.errors import ShmloaderError
@@ -30,7 +33,7 @@ from shmloader.errors import ShmloaderError
 _HEAD = struct.Struct("<QIHH")
 #: A divisor of the page, so that no entry lies across two.
 ENTRY_BYTES = 1024
-#: Most entries: 32 MiB. What comes later is not listed.
+#: Most entries: 32 MiB. What comes later is not listed. Half of them may be of rows that no reader has met.
 MOST = 1 << 15
 
 
@@ -49,13 +52,21 @@ class BadRow:
     is_met: bool
 
 
+_reading = threading.Lock()
+# Another thread of the parent may have held it when this process was forked.
+os.register_at_fork(after_in_child=lambda: globals().update(_reading=threading.Lock()))
+
+
 class Quarantine:
-    """The list, in one process. Any number of threads: what two of them read twice is the same."""
+    """The list, in one process. Any number of threads.
+
+    Only what has come since the last look is looked at, and no text is read before it is asked for: the count is
+    needed for every batch that has a bad row.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._found: dict[tuple[int, int], BadRow] = {}
-        self._end = 0
+        self._forget()
 
     @staticmethod
     def prepare(fd: int) -> None:
@@ -64,38 +75,64 @@ class Quarantine:
 
     def add(self, first: int, num_rows: int, error: ShmloaderError, is_met: bool) -> bool:
         """Add rows ``first`` to ``first + num_rows - 1``; False: they are there, or there is no room."""
-        known = self._read().get((first, num_rows))
-        if (known is not None and (known.is_met or not is_met)) or self.is_full:
-            return False
-        os.write(self._fd, _entry(first, num_rows, error, is_met))
-        self._read()
+        with _reading:
+            self._look()
+            known = self._is_met.get((first, num_rows))
+            most = MOST if is_met else MOST // 2
+            if (known is not None and (known or not is_met)) or self._end >= most * ENTRY_BYTES:
+                return False
+            os.write(self._fd, _entry(first, num_rows, error, is_met))
+            self._look()
         return True
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no room for more."""
+        """Whether there is no room for more that readers meet."""
         return self._end >= MOST * ENTRY_BYTES
 
     def rows(self) -> list[BadRow]:
         """All that are known, by their ids."""
-        return [bad for _, bad in sorted(self._read().items())]
+        found: dict[tuple[int, int], BadRow] = {}
+        for entry in _entries(self._fd, 0, _whole(self._fd)):
+            bad = _parsed(entry)
+            known = found.get((bad.id, bad.num_rows))
+            if known is None or not known.is_met:
+                found[bad.id, bad.num_rows] = bad
+        return [bad for _, bad in sorted(found.items())]
 
     def num_met(self) -> int:
         """How many rows are bad that some reader has met; a chunk that cannot be read is met with all of its rows."""
-        return sum(bad.num_rows for bad in self._read().values() if bad.is_met)
+        with _reading:
+            self._look()
+            return self._num_met
 
-    def _read(self) -> dict[tuple[int, int], BadRow]:
-        """What is there, with what has come since the last look."""
-        end = os.fstat(self._fd).st_size // ENTRY_BYTES * ENTRY_BYTES
-        if end > self._end:
-            data = os.pread(self._fd, end - self._end, self._end)
-            for at in range(0, len(data), ENTRY_BYTES):
-                bad = _parsed(data[at : at + ENTRY_BYTES])
-                known = self._found.get((bad.id, bad.num_rows))
-                if known is None or not known.is_met:
-                    self._found[bad.id, bad.num_rows] = bad
-            self._end = end
-        return self._found
+    def _forget(self) -> None:
+        self._is_met: dict[tuple[int, int], bool] = {}  # by id and number of rows
+        self._num_met = self._end = 0
+        self._pid = os.getpid()
+
+    def _look(self) -> None:
+        """Take up what has come since the last look. With the lock."""
+        if self._pid != os.getpid():  # another thread may have been at it when this process was forked
+            self._forget()
+        end = _whole(self._fd)
+        for entry in _entries(self._fd, self._end, end):
+            first, num_rows, is_met, _ = _HEAD.unpack_from(entry)
+            if not self._is_met.get((first, num_rows)):
+                self._is_met[first, num_rows] = bool(is_met)
+                self._num_met += num_rows if is_met else 0
+        self._end = end
+
+
+def _whole(fd: int) -> int:
+    """Bytes of the entries that are there."""
+    return os.fstat(fd).st_size // ENTRY_BYTES * ENTRY_BYTES
+
+
+def _entries(fd: int, begin: int, end: int) -> Iterator[bytes]:
+    data = os.pread(fd, end - begin, begin) if end > begin else b""
+    for at in range(0, len(data), ENTRY_BYTES):
+        yield data[at : at + ENTRY_BYTES]
 
 
 def _entry(first: int, num_rows: int, error: ShmloaderError, is_met: bool) -> bytes:

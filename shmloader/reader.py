@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -45,6 +46,9 @@ _ADVICE = (
     "Give the dataset writable=True for private copies, do it in transform= (which gets them), or use sample.clone().\n"
 )
 
+#: A bad row is logged so often at most, in seconds.
+TELL_S = 10.0
+
 _attaching = threading.Lock()
 # Another thread of the parent may have held it when this process was forked.
 os.register_at_fork(after_in_child=lambda: globals().update(_attaching=threading.Lock()))
@@ -79,6 +83,7 @@ class Reader:
         self._attachment: Attachment | None = None
         self._orders = LivingOrders(plan)
         self._shown: set[int] = set()
+        self._told_at, self._num_untold = float("-inf"), 0
         self._keys = Keys()
         self._quarantine = Quarantine(files.ring.quarantine_fd)
         self.set_policy(BadRows())
@@ -183,7 +188,7 @@ class Reader:
             num_rows = end - first
         if not self._quarantine.add(first, num_rows, error, is_met=True) or not self.policy.substitutes:
             return
-        log.warning("a bad row: %s", error)
+        self._tell_bad(error)
         # The schema's place among these: that is no warning.
         if self.attach().segment.text_put(native.TEXT_SHOWN + native.TEXT_SCHEMA, b"1") != native.EXISTS:
             name, policy = self.plan.origin(row)["source"], self.policy
@@ -192,6 +197,14 @@ class Reader:
                 f"which dataset.quarantine lists and the log tells of. {error}",
                 stacklevel=2,
             )
+
+    def _tell_bad(self, error: ShmloaderError) -> None:
+        """Log a bad row, but not each of many: ``quarantine`` lists them."""
+        self._num_untold += 1
+        if time.monotonic() - self._told_at < TELL_S:
+            return
+        self._told_at, num, self._num_untold = time.monotonic(), self._num_untold, 0
+        log.warning("a bad row%s: %s", f" ({num} since the last such line)" if num > 1 else "", error)
 
     def too_many(self, what: str) -> TooManyBadRowsError:
         """The error that says ``what`` there is too much of."""

@@ -1,15 +1,18 @@
 """What a reader gets in the place of a row that cannot be had: the next good one of its source.
 
-Which one that is depends on the data alone: the next row, or the row behind the chunk if that cannot be read, and so on
-until one is good; behind the source's last row comes its first. So length, order and resuming stay exact, whatever
-the number of workers, the size of the ring, or the time. Only while a server cannot be reached is it the next row that
-happens to be at hand, and only for that read.
+Which one that is depends on the data alone: the next row, or the one at the same place of the next chunk if its own
+cannot be read, and so on until one is good; behind the source's last row comes its first. So length, order and resuming
+stay exact, whatever the number of workers, the size of the ring, or the time. Only while a server cannot be reached are
+it rows that happen to be at hand, and only for that read.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -21,8 +24,12 @@ from shmloader.ring import Place, Refs
 
 log = logging.getLogger("shmloader")
 
-#: Rows that are looked at at once, for one that is at hand.
+#: Rows that are looked at at once, for those that are at hand, and how long all such looks of a read may take, in
+#: seconds: some 4 million rows, at 60 µs for 256.
 _LOOK_ROWS = 256
+_LOOK_S = 1.0
+#: What was at hand may be gone when it is asked for: so often others are looked for, for one read of a source.
+_MOST_LOOKS = 3
 #: What stands in for now is told so often at most, in seconds.
 _TELL_S = 10.0
 #: So many bad rows are shown.
@@ -74,27 +81,35 @@ class StandIns:
             TooManyBadRowsError; as `Reader.wait_for`, of all that is not of a row alone.
         """
         asked = self.known(rows)
+        looks: Counter[tuple[int, int]] = Counter()
         while True:
             try:
                 return self._wait_for(asked, place)
             except ShmloaderError as error:
                 if is_passing(error):
-                    asked = self._at_hand(asked, error)
+                    span = self._span(error)
+                    looks[span] += 1
+                    if looks[span] > _MOST_LOOKS:
+                        raise
+                    asked = self._at_hand(asked, span, error)
                     continue
                 if error.at is None or not is_bad_row(error):
                     raise
-                bad = error.at[0]
-                other = self._after(bad, error)
-            asked = [other if row == bad else row for row in asked]
+                self._learn(*error.at, asked, error)
+            asked = [self._resolved(row) for row in asked]
 
-    def _after(self, bad: int, error: ShmloaderError) -> int:
-        """The first row behind ``bad`` that is not known to be bad."""
+    def _learn(self, bad: int, chunk: int | None, asked: Sequence[int], error: ShmloaderError) -> None:
+        """Note what comes after ``bad``, and if it is a chunk that cannot be read, after all of ``asked`` in it."""
         self._check(error)
-        assert error.at is not None
         first, end = self._plan.span(bad)
-        behind = bad + 1 if error.at[1] is None else self._plan.chunk_rows(bad)[1]
-        self._next[bad] = behind if behind < end else first
-        return self._resolved(bad)
+        if chunk is None:
+            self._next[bad] = bad + 1 if bad + 1 < end else first
+            return
+        torn = range(*self._plan.chunk_rows(bad))
+        behind = torn.stop if torn.stop < end else first
+        # Not one row for all of them: a batch out of a torn chunk would be copies of one sample.
+        num_behind = min(self._plan.chunk_rows(behind)[1], end) - behind
+        self._next.update((row, behind + (row - torn.start) % num_behind) for row in asked if row in torn)
 
     def _resolved(self, row: int) -> int:
         seen = {row}
@@ -105,29 +120,52 @@ class StandIns:
             row = other
         return row
 
-    def _at_hand(self, rows: Sequence[int], error: ShmloaderError) -> list[int]:
-        """``rows``, with others in the place of those that are not at hand, as far as they are of the same source.
+    def _span(self, error: ShmloaderError) -> tuple[int, int]:
+        """The rows of the source that ``error`` is of; all rows, if it does not say."""
+        return (0, self._plan.source.num_rows or 0) if error.at is None else self._plan.span(error.at[0])
+
+    def _at_hand(self, rows: Sequence[int], span: tuple[int, int], error: ShmloaderError) -> list[int]:
+        """``rows``, with others of the same source in the place of those of ``span`` that are not at hand.
 
         Raises ``error``: there are none.
         """
-        first, end = (0, self._plan.source.num_rows or 0) if error.at is None else self._plan.span(error.at[0])
         found = zip(rows, self._are_at_hand(rows), strict=True)
-        lacking = {row for row, is_there in found if not is_there and first <= row < end}
-        others = {row: self._next_at_hand(row, error) for row in lacking}
+        lacking = list(dict.fromkeys(row for row, is_there in found if not is_there and span[0] <= row < span[1]))
+        others: dict[int, int] = {}
+        for own in {self._plan.span(row) for row in lacking}:
+            ours = [row for row in lacking if own[0] <= row < own[1]]
+            there = self._look_for(own, ours, set(rows))
+            if not there:
+                raise error
+            others.update(zip(ours, itertools.cycle(there), strict=False))
         if others and time.monotonic() - self._told_at > _TELL_S:
             self._told_at = time.monotonic()
             log.warning("for now others stand in for %d rows of a batch of %d: %s", len(others), len(rows), error)
         return [others.get(row, row) for row in rows]
 
-    def _next_at_hand(self, row: int, error: ShmloaderError) -> int:
-        first, end = self._plan.span(row)
-        for begin, stop in ((row + 1, end), (first, row)):
-            for at in range(begin, stop, _LOOK_ROWS):
-                some = range(at, min(at + _LOOK_ROWS, stop))
-                for other, is_there in zip(some, self._are_at_hand(some), strict=True):
-                    if is_there:
-                        return other
-        raise error
+    def _look_for(self, span: tuple[int, int], lacking: Sequence[int], asked: set[int]) -> list[int]:
+        """As many rows of ``span`` that are at hand as are ``lacking``, if there are; from the first of these on.
+
+        Those that were ``asked`` for anyway are taken if there are no others.
+        """
+        first, num_rows = span[0], span[1] - span[0]
+        num_blocks = -(-num_rows // _LOOK_ROWS)
+        # Blocks in the order of multiples of the golden ratio, which are far apart wherever one stops: what is at hand
+        # may be the first tenth of a source that is too long to be looked through.
+        step = next(s for s in itertools.count(round(num_blocks * 0.618)) if math.gcd(s, num_blocks) == 1)
+        others: list[int] = []
+        doubles: list[int] = []
+        until = time.monotonic() + _LOOK_S
+        for k in range(num_blocks):
+            begin = k * step % num_blocks * _LOOK_ROWS
+            at = lacking[0] - first + 1 + begin
+            block = [first + (at + i) % num_rows for i in range(min(_LOOK_ROWS, num_rows - begin))]
+            there = list(itertools.compress(block, self._are_at_hand(block)))
+            others += (row for row in there if row not in asked)
+            doubles += (row for row in there if row in asked)
+            if len(others) >= len(lacking) or time.monotonic() > until:
+                break
+        return others or doubles
 
     def _check(self, error: ShmloaderError | None) -> None:
         """Raise if more rows are bad than may be."""
@@ -136,9 +174,11 @@ class StandIns:
         if most is None:
             return
         num_bad = self._quarantine.num_met()
-        if num_bad > most or self._quarantine.is_full:
-            what = f"{num_bad} of its {num_rows} rows are bad, and max_bad={self._policy.max_bad} allows {most}"
-            raise self.too_many(what) from error
+        told = f"{num_bad} of its {num_rows} rows are bad"
+        if num_bad > most:
+            raise self.too_many(f"{told}, and max_bad={self._policy.max_bad} allows {most}") from error
+        if self._quarantine.is_full:
+            raise self.too_many(f"{told}, and the list of them is full: no more can be counted") from error
 
     def too_many(self, what: str) -> TooManyBadRowsError:
         """The error that says ``what`` there is too much of, and shows some of those that are known."""

@@ -16,7 +16,7 @@ from conftest import opened
 from support_sets import kill, number, png, prefetchers_of, wait_until, write_numbers, write_pictures, write_table
 from torch.utils.data import DataLoader
 
-from shmloader import MultimodalConfig, Options, ShmMultimodalDataset, ShmMultimodalIterableDataset
+from shmloader import MultimodalConfig, Options, ShmMultimodalDataset, ShmMultimodalIterableDataset, reader
 from shmloader.errors import DecodeError, OptionError, ReadError, ShmloaderError, TooManyBadRowsError
 
 ROWS = 96
@@ -143,7 +143,7 @@ def test_a_row_group_that_cannot_be_read_is_stepped_over(tmp_path, ring):
     arguments = {"process": number, "options": options(ring), "max_bad": 0.2}
     with opened(name, on_error="skip", **arguments) as dataset:
         values = [value for batch in DataLoader(dataset, batch_size=8) for value in batch["number"].tolist()]
-        assert values == [*range(16), *[32] * 16, *range(32, ROWS)]
+        assert values == [*range(16), *range(32, 48), *range(32, ROWS)]
         (bad,) = dataset.quarantine
         assert (bad["row"], bad["num_rows"], bad["error"]) == (16, 16, "ReadError")
         assert bad["shard"].endswith(".parquet")
@@ -215,11 +215,16 @@ def test_a_made_up_class_is_one_of_those_there_are(tmp_path):
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=list("abc")))
     images = [{"bytes": b"no" if i % 2 else png(i), "path": None} for i in range(40)]
     made = datasets.Dataset.from_dict({"image": images, "label": [0] * 40}, features=features)
-    made.to_parquet(tmp_path / "train.parquet")
-    with opened(str(tmp_path), config=PICTURES, on_error="synthetic", max_bad=1.0, options=options()) as dataset:
-        labels = dataset[list(range(40))]["labels"].tolist()
-    assert labels[::2] == [0] * 20
-    assert set(labels[1::2]) == {0, 1, 2}
+    (tmp_path / "a").mkdir()
+    made.to_parquet(tmp_path / "a" / "train.parquet")
+    text = write_table(tmp_path / "b", {"text": ["of tokens"] * 4})
+    one = str(tmp_path / "a")
+    for name, keys, labels in ((one, {}, "labels"), (one, {"labels": "y"}, "y"), ([one, text], {}, "labels")):
+        arguments = {"config": PICTURES, "keys": keys, "on_error": "synthetic", "max_bad": 1.0}
+        with opened(name, **arguments, options=options()) as dataset:
+            found = [int(sample[labels]) for sample in dataset.__getitems__(list(range(40)))]
+        assert found[::2] == [0] * 20
+        assert set(found[1::2]) == {0, 1, 2}
 
 
 def test_transform_gets_a_made_up_sample_as_any_other(pictures):
@@ -271,6 +276,19 @@ def test_a_row_that_kills_is_a_bad_row(numbers):
         assert (bad["row"], bad["error"]) == (30, "ServiceError")
 
 
+@pytest.mark.parametrize("kind", [ShmMultimodalDataset, ShmMultimodalIterableDataset])
+def test_a_row_that_makes_more_than_the_ring_holds_is_a_bad_row(numbers, kind):
+    def process(row: dict[str, Any]) -> dict[str, Any]:
+        return {"number": row["number"], "room": np.zeros((9 << 20) if row["number"] == 30 else 4, np.uint8)}
+
+    small = Options(ring_bytes="8MiB", prefetchers=1, timeout_s=30)
+    with opened(numbers, kind, process=process, on_error="skip", options=small) as dataset:
+        values = [int(sample["number"]) for sample in dataset]
+        assert values == [instead_of(row, [30]) for row in range(ROWS)]
+        (bad,) = dataset.quarantine
+        assert (bad["row"], bad["num_rows"], bad["error"]) == (30, 1, "RecordTooLargeError")
+
+
 # ---- the list -------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +320,7 @@ def test_workers_and_the_process_that_made_the_set_have_one_list(pictures):
         assert [entry["row"] for entry in dataset.quarantine] == list(BAD)
 
 
-def test_the_first_bad_row_of_a_set_is_a_warning_the_others_are_in_the_log(pictures, caplog):
+def test_the_first_bad_row_of_a_set_is_a_warning_the_others_are_counted_in_the_log(pictures, caplog, monkeypatch):
     with opened(pictures, config=PICTURES, on_error="skip", max_bad=0.1, options=options()) as dataset:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -310,8 +328,12 @@ def test_the_first_bad_row_of_a_set_is_a_warning_the_others_are_in_the_log(pictu
             dataset[[20]]
         assert len([w for w in caught if "dataset.quarantine" in str(w.message)]) == 1
         told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("a bad row")]
-        assert len(told) == 4  # 5, and 20 to 22
-        assert "row 22 of" in told[3]
+        assert len(told) == 1
+        assert "row 5 of" in told[0]
+        monkeypatch.setattr(reader, "TELL_S", 0.0)
+        dataset[[50]]
+        told = [record.getMessage() for record in caplog.records if record.getMessage().startswith("a bad row")]
+        assert told[1].startswith("a bad row (4 since the last such line): row 50 of")  # 20 to 22 as well
 
 
 # ---- the budget -------------------------------------------------------------------------------------------------

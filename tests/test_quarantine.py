@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -85,3 +87,55 @@ def test_the_list_has_an_end(fd, monkeypatch):
     assert [bad.add(row, 1, SampleError("bad"), is_met=True) for row in range(5)] == [True] * 3 + [False] * 2
     assert bad.is_full
     assert len(bad.rows()) == 3
+
+
+def test_what_nobody_asked_for_leaves_room_for_what_is_counted(fd, monkeypatch):
+    monkeypatch.setattr(quarantine, "MOST", 4)
+    bad = Quarantine(fd)
+    assert [bad.add(row, 1, SampleError("bad"), is_met=False) for row in range(3)] == [True, True, False]
+    assert not bad.is_full
+    assert [bad.add(row, 1, SampleError("bad"), is_met=True) for row in (7, 0, 8)] == [True, True, False]
+    assert bad.num_met() == 2
+
+
+def test_threads_may_count_and_list_while_others_add(fd):
+    one, other = Quarantine(fd), Quarantine(fd)
+    failed, is_over = [], threading.Event()
+
+    def read() -> None:
+        try:
+            while not is_over.is_set():
+                assert other.num_met() <= 2000
+                assert len(other.rows()) <= 2000
+        except Exception as error:
+            failed.append(error)
+
+    switching = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    try:
+        for thread in threads:
+            thread.start()
+        for row in range(2000):
+            one.add(row, 1, SampleError("bad"), is_met=True)
+            other.add(row, 1, SampleError("bad"), is_met=False)
+    finally:
+        is_over.set()
+        sys.setswitchinterval(switching)
+        for thread in threads:
+            thread.join()
+    assert not failed
+    assert (one.num_met(), other.num_met()) == (2000, 2000)
+
+
+def test_a_child_that_is_forked_while_the_list_is_read_counts_anew(fd):
+    bad = Quarantine(fd)
+    bad.add(1, 5, ReadError("torn"), is_met=True)
+
+    def work() -> None:
+        assert bad.num_met() == 5
+
+    with quarantine._reading:
+        bad._num_met = 3  # half-way
+        child = in_child(work)
+    assert join(child) == 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -11,10 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shmloader import quarantine
 from shmloader._native import Mapping
 from shmloader.errors import (
     ChecksumError,
     ReadError,
+    RecordTooLargeError,
     SampleError,
     ServiceError,
     ShmloaderError,
@@ -82,8 +86,9 @@ class Ring:
 
 
 def instead_of(row: int, ring: Ring) -> int:
+    """The next row, or the one at the same place of the next chunk if its own is broken."""
     while row in ring.bad or row // CHUNK in ring.broken:
-        row = (row + 1) % ROWS
+        row = (row + (CHUNK if row // CHUNK in ring.broken else 1)) % ROWS
     return row
 
 
@@ -122,14 +127,31 @@ def test_what_stands_in_is_known_the_next_time():
     stand_ins = ring.stand_ins()
     stand_ins.find([1, 9], None)
     ring.num_looks = 0
-    assert list(stand_ins.find([0, 1, 2, 9], None).ids) == [0, 3, 3, 16]
+    assert list(stand_ins.find([0, 1, 2, 9], None).ids) == [0, 3, 3, 17]
     assert ring.num_looks == 1
 
 
 def test_a_chunk_that_cannot_be_read_is_stepped_over_at_once():
     ring = Ring(broken=[0, 1, 2])
-    assert list(ring.stand_ins().find([1], None).ids) == [24]
+    assert list(ring.stand_ins().find([1], None).ids) == [25]
     assert ring.num_looks == 4
+
+
+def test_the_rows_of_a_chunk_that_cannot_be_read_have_different_stand_ins_found_at_once():
+    ring = Ring(broken=[ROWS // CHUNK - 1])
+    assert list(ring.stand_ins().find([31, *range(32, 40), 0], None).ids) == [31, *range(8), 0]
+    assert ring.num_looks == 2
+
+
+def test_a_chunk_behind_a_torn_one_that_is_shorter_stands_in_more_than_once():
+    chunks = (Chunk(0, 8, 0), Chunk(8, 3, 0), Chunk(11, 29, 0))
+    short = plan()
+    source = replace(short.source, chunks=chunks, units=(0, 1, 2), chunk_bytes=(100,) * 3)
+    ring = Ring(broken=[0])
+    stand_ins = StandIns(
+        replace(short, source=source), BadRows("skip", 1.0), ring.quarantine, ring.wait_for, ring.are_at_hand
+    )
+    assert list(stand_ins.find(list(range(8)), None).ids) == [8, 9, 10, 8, 9, 10, 8, 9]
 
 
 def test_where_all_rows_are_bad_it_is_an_error():
@@ -163,7 +185,7 @@ def test_what_other_processes_have_met_counts():
 def test_while_a_server_cannot_be_reached_a_row_that_is_at_hand_stands_in_and_only_then():
     ring = Ring(bad=[16], away=[1])
     stand_ins = ring.stand_ins(max_bad=0.0)
-    assert list(stand_ins.find([7, 9, 15], None).ids) == [7, 17, 17]
+    assert list(stand_ins.find([7, 9, 15, 9], None).ids) == [7, 17, 18, 17]
     assert ring.quarantine.num_met() == 0
     ring.away.clear()
     assert list(stand_ins.find([7, 9], None).ids) == [7, 9]
@@ -173,14 +195,76 @@ def test_rows_that_only_have_to_be_decoded_are_waited_for_while_a_server_cannot_
     ring = Ring(away=[1, 3])
     stand_ins = ring.stand_ins()
     found = stand_ins.find([0, 8, 16, 24], None)
-    assert list(found.ids) == [0, 16, 16, 32]
+    assert list(found.ids) == [0, 17, 16, 18]
     assert ring.num_looks == 2  # what is not at hand was replaced at once
+
+
+def test_what_was_asked_for_anyway_stands_in_if_there_is_nothing_else():
+    ring = Ring(away=[1, 2, 3, 4], bad=[2, 3, 4, 5, 6, 7])
+    assert list(ring.stand_ins().find([0, 1, *range(8, 13)], None).ids) == [0, 1, 0, 1, 0, 1, 0]
+
+
+def test_of_a_long_source_of_which_a_tenth_is_at_hand_that_is_found_in_a_few_looks():
+    rows, there = 1_280_000, 128_000
+    chunks = tuple(Chunk(first, 1000, 0) for first in range(0, rows, 1000))
+    num = len(chunks)
+    source = replace(plan().source, num_rows=rows, chunks=chunks, units=(0,) * num, chunk_bytes=(1,) * num)
+    looks = []
+    error = SourceError("no Hub", dataset="d", endpoint="http://x")
+    error.at = (rows - 1, num - 1)
+
+    def wait_for(asked: Sequence[int], place: Any) -> Refs:
+        if any(row >= there for row in asked):
+            raise error
+        return Refs(asked, b"", Mapping(-1, 64, True, "none"))
+
+    def are_at_hand(asked: Sequence[int]) -> list[bool]:
+        looks.append(len(asked))
+        return [row < there for row in asked]
+
+    ring = Ring()
+    stand_ins = StandIns(SetPlan(source, None, 1), BadRows("skip"), ring.quarantine, wait_for, are_at_hand)
+    asked = random.Random(0).sample(range(rows), 64)
+    found = list(stand_ins.find(asked, None).ids)
+    assert len(set(found)) == 64
+    assert len(looks) <= 40
+    assert max(looks) <= 256
+
+
+def test_stand_ins_that_are_gone_when_they_are_asked_for_are_looked_for_a_few_times_only():
+    ring = Ring(away=[1])
+    error = SourceError("no Hub", dataset="d", endpoint="http://x")
+    error.at = (9, 1)
+    num_waits = 0
+
+    def wait_for(rows: Sequence[int], place: Any) -> Refs:
+        nonlocal num_waits
+        num_waits += 1
+        raise error
+
+    stand_ins = StandIns(plan(), BadRows("skip"), ring.quarantine, wait_for, ring.are_at_hand)
+    with pytest.raises(SourceError, match="no Hub"):
+        stand_ins.find([9], None)
+    assert num_waits == 4
+
+
+def test_a_full_list_is_an_error_that_says_so(monkeypatch):
+    monkeypatch.setattr(quarantine, "MOST", 4)
+    ring = Ring(bad=range(6))
+    with pytest.raises(TooManyBadRowsError, match=f"4 of its {ROWS} rows are bad, and the list of them is full"):
+        ring.stand_ins(max_bad=0.5).find([0], None)
 
 
 def test_while_a_server_cannot_be_reached_and_nothing_is_at_hand_its_error_is_raised():
     ring = Ring(away=range(ROWS // CHUNK))
     with pytest.raises(SourceError, match="no Hub"):
         ring.stand_ins().find([9], None)
+
+
+def test_a_sample_that_is_larger_than_the_ring_is_the_fault_of_its_row_a_chunk_is_not():
+    error = RecordTooLargeError("x")
+    for error.at, expected in (((3, None), True), ((3, 0), False), (None, False)):
+        assert is_bad_row(error) is expected
 
 
 @pytest.mark.parametrize("kind", [ChecksumError, WaitTimeoutError, ServiceError])

@@ -226,7 +226,7 @@ class Decoder:
 
     def _put_error(self, row: int, error: ShmloaderError, stamp: Stamp | None, urgent: bool) -> None:
         self._when_there_is_room(lambda: self._writer.put_error(row, error, stamp, urgent), urgent)
-        if isinstance(error, SampleError):
+        if isinstance(error, SampleError | RecordTooLargeError):
             self._quarantine.add(row, 1, error, is_met=False)
 
     def _when_there_is_room(self, work: Callable[[], _Result], urgent: bool) -> _Result:

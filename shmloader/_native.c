@@ -1813,6 +1813,7 @@ static int add_constants(PyObject *module)
         {"TEXT_FATAL", SHML_TEXT_FATAL},
         {"TEXT_MEMORY", SHML_TEXT_MEMORY},
         {"TEXT_REFETCH", SHML_TEXT_REFETCH},
+        {"TEXT_BAD_ROW", SHML_TEXT_BAD_ROW},
         {"TEXT_SHOWN", SHML_TEXT_SHOWN},
         {"TEXT_BYTES", SHML_TEXT_BYTES},
         {"COPY", SHML_COPY},

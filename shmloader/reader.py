@@ -189,8 +189,7 @@ class Reader:
         if not self._quarantine.add(first, num_rows, error, is_met=True) or not self.policy.substitutes:
             return
         self._tell_bad(error)
-        # The schema's place among these: that is no warning.
-        if self.attach().segment.text_put(native.TEXT_SHOWN + native.TEXT_SCHEMA, b"1") != native.EXISTS:
+        if self.attach().segment.text_put(native.TEXT_BAD_ROW, b"1") != native.EXISTS:
             name, policy = self.plan.origin(row)["source"], self.policy
             warnings.warn(
                 f"{name} has a bad row, in whose place on_error={policy.on_error!r} has another, so for those to come, "

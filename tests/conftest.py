@@ -61,6 +61,21 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(lambda: shutil.rmtree(cache, ignore_errors=True))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What tests hand to services travels by value: else each service imports the test's module, and torch with it.
+
+    That takes two seconds of a core, for each of several processes of a test.
+    """
+    import cloudpickle
+
+    del session
+    here = Path(__file__).parent
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file is not None and Path(file).parent == here:
+            cloudpickle.register_pickle_by_value(module)
+
+
 def text_of(i: int) -> str:
     """The text of row ``i``; lengths differ."""
     return f"row {i} " + "x" * (i * 7 % 23)

@@ -491,8 +491,9 @@ enum shml_text {
     SHML_TEXT_FATAL = 1,
     SHML_TEXT_MEMORY = 2,  /* a warning: memory was refused */
     SHML_TEXT_REFETCH = 3, /* a warning: chunks are fetched again and again */
-    SHML_TEXT_SHOWN = 4,   /* + the place of a warning among these: put by who shows it, before */
-    SHML_NUM_TEXTS = 8
+    SHML_TEXT_BAD_ROW = 4, /* put by who warns of the set's first bad row, before */
+    SHML_TEXT_SHOWN = 3,   /* + the place of MEMORY or REFETCH: put by who shows that warning, before */
+    SHML_NUM_TEXTS = 7
 };
 #define SHML_TEXT_BYTES 32768u
 int shml_text_put(shml_seg_t *seg, uint32_t which, const void *text, uint32_t num_bytes);

@@ -160,7 +160,9 @@ def _shares(argument: str, value: Any, names: Sequence[str], common: set[str]) -
 
     common: the keys that it has where it is said to all; none: whatever is not a dataset's name.
     """
-    is_by_name = isinstance(value, Mapping) and bool(value) and len(names) > 1 and not set(value) <= common
+    is_by_name = isinstance(value, Mapping) and bool(value) and not set(value) <= common
+    if len(names) == 1:  # a list of one, say
+        is_by_name = is_by_name and set(value) == set(names) and isinstance(value[names[0]], Mapping)
     if not is_by_name or not (common or set(value) & set(names)):
         if argument == "load" and len(names) > 1:
             _check_common(value)

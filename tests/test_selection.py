@@ -143,6 +143,13 @@ def test_columns_are_those_of_all_or_of_each_by_name():
             select(both, None, replace(REQUEST, columns=wrong))
 
 
+@pytest.mark.parametrize("name", ["beans", ["beans"]])
+def test_what_is_told_by_name_may_be_told_of_one(name):
+    request = replace(REQUEST, columns={"beans": {"image": "picture"}}, load={"beans": {"revision": "r"}})
+    (found,) = select(name, None, request)
+    assert (found.columns, found.load) == ({"image": "picture"}, {"revision": "r"})
+
+
 def test_load_is_that_of_all_or_of_each_by_name():
     both = ["humaneval", "org/x"]
     shared = {"token": "hf_x", "cache_dir": "/x"}

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bench import larger, memory, order, warm
+from bench import hub, larger, memory, order, warm
 
-_QUESTIONS = {"warm": warm, "larger": larger, "order": order, "memory": memory}
+_QUESTIONS = {"warm": warm, "larger": larger, "order": order, "memory": memory, "hub": hub}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -283,7 +283,8 @@ from shmloader.sources.base import SourcePlan, SourceRequest
 listing = pa.py_buffer(open(sys.argv[2] + ".listing", "rb").read())
 plan = SourcePlan.from_json(open(sys.argv[2]).read(), [listing])
 touched = []
-reader = open_reader(SourceRequest(sys.argv[1], "train"), plan, lambda: touched.append(1))
+seconds = float(os.environ.get("SOURCE_TIMEOUT_S", 30))
+reader = open_reader(SourceRequest(sys.argv[1], "train", source_timeout_s=seconds), plan, lambda: touched.append(1))
 try:
     batches = [batch for chunk in plan.chunks for _, batch in reader.read(chunk)]
 except ReadError as error:
@@ -338,7 +339,7 @@ def test_files_on_a_hub_are_listed_without_their_contents_and_fetched_one_by_one
 def test_a_hub_that_cannot_be_reached_is_a_read_error_that_names_the_file(hub, tmp_path):
     write_tree(tmp_path / "hub" / "org" / "pets", classes(5))
     run(PLAN, ["org/pets", tmp_path / "plan"], tmp_path, HF_ENDPOINT=hub.endpoint)
-    quick = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    quick = {"SOURCE_TIMEOUT_S": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
     run(READ, ["org/pets", tmp_path / "plan", tmp_path / "error"], tmp_path, **quick)
     told = (tmp_path / "error").read_text()
     assert "cannot read the files of rows 0 to 4" in told

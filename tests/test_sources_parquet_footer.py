@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from shmloader.sources import parquet_footer
 from shmloader.sources.parquet_footer import read_footer
 
 
@@ -50,3 +51,18 @@ def test_a_file_that_is_no_parquet_or_cut_is_an_error():
     ):
         with pytest.raises(pa.ArrowInvalid, match=told):
             read_footer(lambda offset, wanted, data=data: data[offset : offset + wanted], len(data))
+
+
+def test_footers_that_were_not_asked_for_longest_make_way(monkeypatch):
+    monkeypatch.setattr(parquet_footer, "MOST_KEPT_BYTES", 100)
+    footers = parquet_footer.Footers()
+    metadata = File().metadata
+    for shard in range(3):
+        footers.keep(shard, metadata, 33)
+    assert footers.get(0) is metadata
+    footers.keep(3, metadata, 33)
+    assert [footers.get(shard) is not None for shard in range(4)] == [True, False, True, True]
+    footers.keep(4, metadata, 101)  # larger than all that may be kept
+    assert [footers.get(shard) is not None for shard in range(5)] == [True, False, True, True, False]
+    footers.keep(1, metadata, 100)
+    assert [footers.get(shard) is not None for shard in range(5)] == [False, True, False, False, False]

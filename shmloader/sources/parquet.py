@@ -15,7 +15,7 @@ from shmloader.errors import ReadError, ShmloaderError
 from shmloader.sources.answers import remedy, told_of
 from shmloader.sources.base import Chunk, SourcePlan, SourceRequest
 from shmloader.sources.hub import WHOLE_FILE_BYTES, HubFiles, is_remote
-from shmloader.sources.parquet_footer import read_footer
+from shmloader.sources.parquet_footer import Footers, read_footer
 from shmloader.sources.resolve import without_secrets
 from shmloader.sources.rows import conform
 
@@ -25,8 +25,6 @@ STREAM_BUFFER_BYTES = 4 << 20
 #: Bytes of a batch of such a row group, and its most rows (guessed: few batches, and little that is held twice).
 STREAM_BATCH_BYTES = 4 << 20
 STREAM_BATCH_ROWS = 8192
-#: Footers that are kept (guessed: some KB each).
-MOST_FOOTERS = 1024
 
 
 _DAMAGED = (
@@ -56,7 +54,7 @@ class ParquetReader:
         names = plan.columns.class_names
         self._class_names = {plan.columns.labels: names} if plan.columns.labels and names else {}
         self._hub: HubFiles | None = None
-        self._footers: dict[int, pq.FileMetaData] = {}
+        self._footers = Footers()
         self._file: tuple[int, bool, pq.ParquetFile, Any] | None = None
         self._stream: _Stream | None = None
 
@@ -162,10 +160,8 @@ class ParquetReader:
             return pq.read_metadata(source)
         assert self._hub is not None
         sizes = self._plan.shard_bytes[shard], self._plan.footer_bytes[shard]
-        found, _ = read_footer(partial(self._hub.read_at, path, sizes[0]), *sizes)
-        if len(self._footers) >= MOST_FOOTERS:
-            self._footers.clear()
-        self._footers[shard] = found
+        found, num_bytes = read_footer(partial(self._hub.read_at, path, sizes[0]), *sizes)
+        self._footers.keep(shard, found, num_bytes)
         return found
 
     def _close_file(self) -> None:

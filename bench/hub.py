@@ -179,6 +179,7 @@ def _opened(variant: str) -> Iterator[Any]:
     if variant == "datasets":
         import datasets
 
+        datasets.logging.set_verbosity_error()  # it tells of workers that have no shard
         yield datasets.load_dataset(REPO, split="train", streaming=True)
         return
     from shmloader import MultimodalConfig, ShmMultimodalDataset

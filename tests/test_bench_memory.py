@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_every_source_is_measured_and_right(tmp_path: Path) -> None:
     sizes = ["--sources", "parquet", "--sizes", "2MiB,4MiB", "--group", "1MiB", "--prefetchers", "1"]
+    sizes += ["--runs", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "bench", "memory", *sizes, "--out", str(tmp_path), "--folder", str(tmp_path)],
         cwd=ROOT,
@@ -45,6 +46,9 @@ def test_every_source_is_measured_and_right(tmp_path: Path) -> None:
         assert result["services_bytes"] > result["prefetcher_bytes"] > result["supervisor_bytes"] > 0
         assert result["shared_bytes"] > 0
         assert result["looks"] > 0
+        for name in ("prefetcher_bytes", "services_bytes", "shared_bytes"):
+            assert result[name] == max(peak[name] for peak in result["peaks"])
+        assert len(result["peaks"]) == 2
     assert "bounded" in done.stdout
 
 

@@ -139,3 +139,9 @@ def _memfd(name: str) -> int:
         return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
     finally:
         os.close(fd)
+
+
+def memory_limits() -> tuple[int, int, str]:
+    """(smallest limit, available, what limits) in bytes, of this process: the machine's memory or a memory cgroup's."""
+    total, available, limited_by = native.memory()
+    return int(total), int(available), str(limited_by)

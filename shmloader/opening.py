@@ -8,13 +8,12 @@ from collections.abc import Callable
 from functools import partial
 
 from shmloader.errors import PoisonedError
-from shmloader.files import RingFiles
+from shmloader.files import RingFiles, memory_limits
 from shmloader.log_pipe import LogPipe
 from shmloader.options import DEFAULT_RING_SHARE, ByteSize, Options, parse_size, size_text
 from shmloader.prefetch.launch import SetFiles, start_set
 from shmloader.prefetch.payload import Work, write
 from shmloader.reader import Reader
-from shmloader.ring import memory_limits
 from shmloader.spill_file import make_spill_file
 from shmloader.tokens import batch_budget, batch_ring, open_batch_ring, trim_batch_ring
 

@@ -17,7 +17,7 @@ import os
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -250,8 +250,7 @@ class Ring:
         packed = self.segment.guest_get(asked)[0] if self.is_guest else self.segment.get_many(asked, 0, None)[0]
         found = Refs(ids, packed, self.mapping).statuses()
         chunks = {chunk for status, chunk in found if status == native.MISSING and chunk != _NO_CHUNK}
-        states = dict(zip(chunks, self.segment.chunk_look(array("I", chunks)), strict=True))
-        is_fetched = {chunk for chunk, state in states.items() if state & native.CHUNK_HAS_RAW}
+        is_fetched = self._are_fetched(chunks)
         return [status == native.READY or (status == native.MISSING and chunk in is_fetched) for status, chunk in found]
 
     def has_slot(self) -> bool:
@@ -327,11 +326,16 @@ class Ring:
     def _outage(self, refs: Refs, since_s: float) -> ShmloaderError | None:
         """Why a chunk of what is missing could not be fetched since then, though it will be tried again."""
         told = zip(refs.ids, refs.statuses(), strict=True)
-        rows = {chunk: row for row, (status, chunk) in told if status == native.MISSING}
-        found = Outages(self.files.deaths_fd).of(rows, since_s) if rows else None
+        rows = {chunk: row for row, (status, chunk) in told if status == native.MISSING and chunk != _NO_CHUNK}
+        found = Outages(self.files.deaths_fd).of(rows.keys() - self._are_fetched(rows), since_s) if rows else None
         if found is not None:
             found[1].at = rows[found[0]], found[0]
         return None if found is None else found[1]
+
+    def _are_fetched(self, chunks: Collection[int]) -> set[int]:
+        """Those of ``chunks`` of which the encoded rows are there."""
+        states = zip(chunks, self.segment.chunk_look(array("I", chunks)), strict=True)
+        return {chunk for chunk, state in states if state & native.CHUNK_HAS_RAW}
 
     def _timed_out(self, refs: Refs, waited_s: float, describe: Callable[[int], str]) -> WaitTimeoutError:
         missing = [row for row, (status, _) in zip(refs.ids, refs.statuses(), strict=True) if status == native.MISSING]
@@ -388,12 +392,6 @@ def _no_slot(role: int) -> RingError:
         "workers of this dataset (fewer num_workers), or make a dataset of its own for this process.",
         clients=native.MAX_CLIENTS,
     )
-
-
-def memory_limits() -> tuple[int, int, str]:
-    """(smallest limit, available, what limits) in bytes, of this process: the machine's memory or a memory cgroup's."""
-    total, available, limited_by = native.memory()
-    return int(total), int(available), str(limited_by)
 
 
 def _round_up(n: int, step: int) -> int:

@@ -24,10 +24,11 @@ from torch.utils.data import get_worker_info
 
 import shmloader._native as native
 from shmloader.errors import StaleTokenError
+from shmloader.files import memory_limits
 from shmloader.log_pipe import show_if_due
 from shmloader.options import ByteSize
 from shmloader.packed import pack, unpacked
-from shmloader.ring import JOIN_S, memory_limits
+from shmloader.ring import JOIN_S
 from shmloader.views import JaggedPart, Part, Sample, WorkerBatch, tensor_in
 
 #: Slots that one worker may have at once: two batches queued (prefetch_factor), one being filled, two that the training

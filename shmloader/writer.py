@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import shmloader._native as native
 from shmloader.errors import MemoryLimitError, PoisonedError, RingTooSmallError, to_json
-from shmloader.ring import Ring, memory_limits
+from shmloader.files import memory_limits
+from shmloader.ring import Ring
 from shmloader.sizes import record_too_large
 
 Ticket = tuple[int, int, int, int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import pytest
 from conftest import opened, wait_until
 from hub import Hub, serve
 from hub_faults import Fault
-from support_parquet import write_texts
+from support_parquet import write_card, write_texts
 from torch.utils.data import DataLoader
 
 from shmloader import Options
+from shmloader.errors import SourceError
 
 ROWS = 30
 OPTIONS = {"ring_bytes": "8MiB", "prefetchers": 1, "timeout_s": 60, "source_timeout_s": 1.0}
@@ -46,3 +48,24 @@ def test_rows_at_hand_stand_in_while_a_hub_fails_and_the_rows_come_once_it_does_
         loader = DataLoader(dataset, batch_size=6, num_workers=2)
         found = [bytes(ids.tolist()).decode().rstrip("\0") for batch in loader for ids in batch["text"]]
         assert found == [f"text {row}" for row in range(ROWS)]
+
+
+def test_who_waits_far_behind_where_a_file_that_is_read_in_order_breaks_off_is_told(tmp_path, monkeypatch):
+    """For a row of a chunk that nobody comes to while the Hub fails."""
+    num_rows = 64 * 100
+    with serve(tmp_path / "hub") as running:
+        path = running.root / "org" / "lines" / "data" / "train-0.jsonl"
+        path.parent.mkdir(parents=True)
+        write_card(running.root / "org" / "lines", num_rows)  # or it would be downloaded, to be counted
+        path.write_text("".join(json.dumps({"text": f"text {row}".ljust(250)}) + "\n" for row in range(num_rows)))
+        monkeypatch.setenv("HF_ENDPOINT", running.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        with opened("org/lines", options=Options(**OPTIONS)) as dataset:
+            assert len(dataset) == num_rows
+        running.faults.add(Fault(status=503, method="GET", path="jsonl$", times=None))
+        with opened("org/lines", options=Options(**OPTIONS)) as dataset:
+            with pytest.raises(SourceError, match=r"train-0\.jsonl.*given up"):
+                dataset[num_rows - 1]
+            running.faults.clear()
+            text = bytes(dataset[num_rows - 1]["text"].tolist()).decode()
+            assert text.rstrip("\0 ") == f"text {num_rows - 1}"

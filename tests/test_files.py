@@ -14,8 +14,8 @@ from support_sets import descriptors, in_child, join, put, read, ring_files
 
 import shmloader._native as native
 from shmloader.errors import PoisonedError
-from shmloader.files import RingFiles
-from shmloader.ring import Ring, memory_limits
+from shmloader.files import RingFiles, memory_limits
+from shmloader.ring import Ring
 
 PAGE = 4096
 

@@ -28,7 +28,7 @@ def error(chunk: int) -> ReadError:
 
 def test_who_waits_is_told_why_and_who_waits_for_others_is_not(fd):
     began = time.monotonic()
-    Outages(fd).note(3, 7, error(7))
+    Outages(fd).note(3, range(7, 8), error(7))
     chunk, found = Outages(fd).of({6, 7}, began)
     assert chunk == 7
     assert isinstance(found, ReadError)
@@ -36,8 +36,15 @@ def test_who_waits_is_told_why_and_who_waits_for_others_is_not(fd):
     assert Outages(fd).of({6}, began) is None
 
 
+def test_who_waits_for_what_can_only_be_read_behind_it_is_told_too(fd):
+    Outages(fd).note(3, range(7, 500), error(7))
+    assert Outages(fd).of({6, 500}, 0.0) is None
+    chunk, found = Outages(fd).of({6, 499, 500}, 0.0)
+    assert (chunk, str(found)) == (499, "chunk 7")
+
+
 def test_what_failed_before_the_wait_is_not_told(fd):
-    Outages(fd).note(3, 7, error(7))
+    Outages(fd).note(3, range(7, 8), error(7))
     assert Outages(fd).of({7}, time.monotonic()) is None
 
 
@@ -46,7 +53,7 @@ def test_several_chunks_of_several_prefetchers_are_told_and_the_oldest_make_way(
     for slot in (1, 255):
         outages = Outages(fd)
         for chunk in range(PER_SLOT + 1):
-            outages.note(slot, 100 * slot + chunk, error(chunk))
+            outages.note(slot, range(100 * slot + chunk, 100 * slot + chunk + 1), error(chunk))
         assert outages.of({100 * slot}, began) is None
         for i in range(1, PER_SLOT + 1):
             chunk, found = outages.of({100 * slot + i}, began)
@@ -55,7 +62,7 @@ def test_several_chunks_of_several_prefetchers_are_told_and_the_oldest_make_way(
 
 def test_a_body_that_is_half_written_is_not_read(fd):
     began = time.monotonic()
-    Outages(fd).note(0, 7, error(7))
+    Outages(fd).note(0, range(7, 8), error(7))
     os.pwrite(fd, b"{}", _BODIES_AT)
     assert Outages(fd).of({7}, began) is None
 
@@ -63,7 +70,7 @@ def test_a_body_that_is_half_written_is_not_read(fd):
 def test_deaths_are_kept_beside_them(fd):
     began, deaths = time.monotonic(), Deaths(fd)
     deaths.begin(2)
-    Outages(fd).note(2, 7, error(7))
+    Outages(fd).note(2, range(7, 8), error(7))
     deaths.bury(os.getpid(), -9, False)
     assert [death.status for death in deaths._where(lambda death: True)] == [-9]
     assert Outages(fd).of({7}, began) is not None

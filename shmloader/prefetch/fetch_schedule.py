@@ -86,8 +86,8 @@ class Schedule(Protocol):
         """The reader has read ``chunk``; whether it is news that it could not be read as a whole."""
         ...
 
-    def rest(self, chunk: int) -> bool:
-        """Leave ``chunk`` alone for a while; whether it can be fetched again then."""
+    def rest(self, chunk: int) -> range:
+        """Leave ``chunk`` alone for a while, and what can only be read behind it: these; none: it never comes again."""
         ...
 
     def waited_for(self) -> set[int]:
@@ -118,7 +118,7 @@ class FetchSchedule:
         self.wait_s = float("inf")
         """Seconds after which `next` may find something although the work word did not move."""
         self._full_at: int | None = None
-        self._resting: dict[int, float] = {}
+        self._resting: dict[range, float] = {}
 
     # -- for the fetcher -----------------------------------------------------------------------------------
 
@@ -150,10 +150,15 @@ class FetchSchedule:
         self._at = chunk + 1 if is_whole else None
         return not is_whole
 
-    def rest(self, chunk: int) -> bool:
-        """Leave ``chunk`` alone for `REST_S`; True: it can be fetched again then."""
-        self._resting[chunk] = time.monotonic() + REST_S
-        return True
+    def rest(self, chunk: int) -> range:
+        """Leave ``chunk``, and what of its unit comes behind it, alone for `REST_S`.
+
+        All of them, since each try may take as long as a server is given: one after the other, those that lie between
+        ``chunk`` and one that somebody waits for would be tried again before its turn came.
+        """
+        chunks = range(chunk, int(self._units.searchsorted(self._units[chunk], "right")))
+        self._resting[chunks] = time.monotonic() + REST_S
+        return chunks
 
     def waited_for(self) -> set[int]:
         """The chunks of which somebody waits for rows that nobody decodes yet, fetched or not."""
@@ -309,8 +314,10 @@ class FetchSchedule:
         if not self._resting:
             return states
         now = time.monotonic()
-        self._resting = {chunk: until for chunk, until in self._resting.items() if until > now}
-        is_to_rest = np.isin(chunks, list(self._resting))
+        self._resting = {rest: until for rest, until in self._resting.items() if until > now}
+        is_to_rest = np.zeros(len(chunks), bool)
+        for rest in self._resting:
+            is_to_rest |= (chunks >= rest.start) & (chunks < rest.stop)
         return np.where(is_to_rest & _is_to_do(states), native.CHUNK_BROKEN, states).astype(np.uint8)
 
 

@@ -160,8 +160,8 @@ class Fetcher:
             raise
         except Exception as error:
             is_news = self._schedule.read(pick.chunk, False)
-            if _is_passing(error) and self._schedule.rest(pick.chunk):
-                self._give_up_for_now(pick, error)
+            if _is_passing(error) and (resting := self._schedule.rest(pick.chunk)):
+                self._give_up_for_now(pick, resting, error)
                 return True
             if is_news:
                 log.error("chunk %d: %s", pick.chunk, error, exc_info=not isinstance(error, ShmloaderError))
@@ -247,13 +247,13 @@ class Fetcher:
     def _chunk_of(self, pick: Pick) -> Chunk:
         return self._plan.source.chunks[pick.chunk] if pick.rows is None else pick.rows
 
-    def _give_up_for_now(self, pick: Pick, error: Exception) -> None:
-        """Tell who waits for the chunk, and leave it as it was before: the server may be back later."""
+    def _give_up_for_now(self, pick: Pick, resting: range, error: Exception) -> None:
+        """Tell who waits for it or what rests with it, and leave it as it was before: the server may be back later."""
         log.log(logging.DEBUG if self._is_out else logging.WARNING, "chunk %d, for now: %s", pick.chunk, error)
         self._is_out = True
         slot = self._writer.ring.slot
         self._deaths.note_chunk(slot, None)
-        self._outages.note(slot, pick.chunk, error)
+        self._outages.note(slot, resting, error)
         self._segment.chunk_end(pick.chunk, native.FETCH_GIVEN_UP)
         self._is_stopped.wait(PAUSE_S)
 

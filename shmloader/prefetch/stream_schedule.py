@@ -93,9 +93,9 @@ class StreamSchedule:
                 return was is None
         return False
 
-    def rest(self, chunk: int) -> bool:
-        """False: what comes behind it in its iteration could not be had either, and its rows not in their order."""
-        return False
+    def rest(self, chunk: int) -> range:
+        """None: what comes behind it in its iteration could not be had either, and its rows not in their order."""
+        return range(0)
 
     def waited_for(self) -> set[int]:
         """The chunks of which somebody waits for rows that nobody decodes yet, fetched or not."""

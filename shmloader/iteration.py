@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import sys
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import shmloader._native as native
-from shmloader.errors import RecordTooLargeError, RingError, SampleError, ShmloaderError
+from shmloader.errors import RecordTooLargeError, RingError, SampleError, ServiceError, ShmloaderError
 from shmloader.order import Kind
 from shmloader.policy import is_bad_row
 from shmloader.prefetch.plan import LAST_POSITION
@@ -25,6 +24,8 @@ from shmloader.ring import Place, Refs, Ring
 
 #: Positions that are looked up at once (guessed: enough to share the cost of a look-up, little to hold at a time).
 BLOCK = 16
+#: So many rows behind a bad one are looked at for one to make a sample up like (guessed: what is decoded ahead anyway).
+MOST_BEHIND = 64
 #: Of a stream a share of bad rows is one of so many at least: its first rows tell little (guessed).
 LEAST_ROWS = 1000
 
@@ -54,6 +55,7 @@ class Iteration:
         self._reader, self._ring, self._share = reader, ring, share
         self._order: tuple[int, int] | None = None
         self._first_id, self._is_open, self._num_bad = 0, False, 0
+        self._good_from = 0  # from the last bad position that was met up to here, all that was looked at is bad
         self.epoch, self.num_positions = epoch, num_positions
 
     @classmethod
@@ -155,8 +157,8 @@ class Iteration:
         try:
             refs = self._reader.wait_for(self._ids(block), self._place(block))
             return refs, _num_ready(refs)
-        except (SampleError, RecordTooLargeError) as error:  # not one of the stream, behind which nothing comes
-            if error.at is None or not is_bad_row(error):
+        except _OF_ROWS as error:
+            if error.at is None or not _is_of_row(error):
                 raise
             position = error.at[0] - self._first_id
             if position != block.start:  # those before it are there
@@ -165,18 +167,18 @@ class Iteration:
         return (None if self._reader.policy.on_error == "skip" else self._good_one_behind(position)), 1
 
     def _good_one_behind(self, position: int) -> Refs | None:
-        """The next good sample of the stream, whoever reads it; None: it has ended."""
+        """The next good sample of the stream, whoever reads it; None: it has ended, or all of `MOST_BEHIND` are bad."""
         place = self._place(range(position, position + 1, self._share.num_readers))
-        for behind in itertools.count(position + 1):
+        self._good_from = max(self._good_from, position + 1)
+        while self._good_from <= position + MOST_BEHIND:
             try:
-                refs = self._reader.wait_for([self.id_of(behind)], place)
-            except (SampleError, RecordTooLargeError) as error:
-                if not is_bad_row(error):
+                refs = self._reader.wait_for([self.id_of(self._good_from)], place)
+            except _OF_ROWS as error:
+                if not _is_of_row(error):
                     raise
+                self._good_from += 1
                 continue
-            if _num_ready(refs):
-                return refs
-            break
+            return refs if _num_ready(refs) else None
         return None
 
     def _count_bad(self, error: ShmloaderError, position: int) -> None:
@@ -201,6 +203,15 @@ class Iteration:
     def _place(self, block: range) -> Place | None:
         """Its end is the next position that this reader has to read: what the others have not read counts as theirs."""
         return None if self._order is None else (*self._order, block.start, block[-1] + block.step)
+
+
+#: What a row of a stream is bad by. A ReadError is of the stream, behind which nothing comes.
+_OF_ROWS = SampleError, RecordTooLargeError, ServiceError
+
+
+def _is_of_row(error: ShmloaderError) -> bool:
+    """Whether it is one bad row's; else the chunk's, and so the stream's, or that of none of them."""
+    return is_bad_row(error) and error.at is not None and error.at[1] is None
 
 
 def _no_slot(name: str) -> RingError:

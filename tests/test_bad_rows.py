@@ -396,6 +396,33 @@ def test_a_stream_has_made_up_samples_in_the_place_of_bad_rows():
         assert len(sources) == 99
 
 
+def test_a_row_that_kills_is_left_out_of_a_stream():
+    def process(row: dict[str, Any]) -> dict[str, Any]:
+        import os
+
+        if row["number"] == 30:
+            os._exit(3)
+        return {"number": row["number"]}
+
+    arguments = {"process": process, "on_error": "skip", "options": options()}
+    with opened(stream(60), ShmMultimodalIterableDataset, **arguments) as dataset:
+        found = [int(sample["number"]) for sample in dataset]
+        assert found[:30] == list(range(30))
+        assert 30 not in found
+        assert found[-1] == 59
+        assert (30, "ServiceError") in {(bad["row"], bad["error"]) for bad in dataset.quarantine}
+
+
+@pytest.mark.parametrize("on_error", ["skip", "synthetic"])
+def test_a_stream_of_bad_rows_alone_is_an_error_that_says_so(on_error):
+    arguments = {"process": fails_at(*range(20_000)), "on_error": on_error, "options": options()}
+    with (
+        opened(stream(20_000), ShmMultimodalIterableDataset, **arguments) as dataset,
+        pytest.raises(TooManyBadRowsError, match="11 of the 11 rows"),
+    ):
+        list(dataset)
+
+
 def test_a_stream_with_too_many_bad_rows_is_an_error():
     arguments = {"process": fails_at(*range(5, 40)), "on_error": "skip", "options": options()}
     with opened(stream(200), ShmMultimodalIterableDataset, **arguments) as dataset:

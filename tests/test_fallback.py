@@ -200,6 +200,14 @@ def test_a_dataset_whose_hub_is_dead_is_made_up_and_every_sample_says_so(dead_hu
     assert batch["task_type"] == ["vision"] * 8
 
 
+def test_all_splits_of_a_dataset_are_made_up(monkeypatch, tmp_path, stack):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    with pytest.warns(UserWarning, match="beans: SYNTHETIC DATA"):
+        dataset = stack.enter_context(opened("beans", split="all"))
+    assert len(dataset) == 3000  # train, validation, test
+
+
 def test_each_of_several_datasets_falls_back_by_itself(monkeypatch, tmp_path, stack):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))

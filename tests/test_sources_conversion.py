@@ -119,6 +119,17 @@ def test_copy_of_a_loading_script_that_was_fetched_is_read_offline(hub, tmp_path
     assert (found.rows, found.plan["revision"]) == (first.rows, hub.commit("org/script", "refs/convert/parquet"))
 
 
+def test_copy_of_which_the_cache_has_a_part_is_an_error_offline_that_names_what_is_missing(hub, tmp_path):
+    write_script(hub)
+    write_copy(hub.copy("org/script") / "default" / "train", 10)
+    assert ask(hub, "org/script", tmp_path, is_downloaded=True).rows == json_rows(0, 10)
+    (last,) = tmp_path.rglob("snapshots/*/default/train/0001.parquet")
+    last.unlink()
+    found = ask_offline(hub, "org/script", tmp_path)
+    assert found.rows == []
+    assert "default/train/0001.parquet is missing" in found.error["message"]
+
+
 def test_configuration_of_a_loading_script_must_be_named_if_there_are_several(hub, tmp_path):
     write_script(hub)
     write_copy(hub.copy("org/script") / "german" / "train", 4)

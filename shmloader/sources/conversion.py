@@ -8,7 +8,7 @@ Planner only; imports ``datasets``.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -53,12 +53,21 @@ def converted_script(request: SourceRequest, repo: str) -> tuple[Any, str]:
     return found
 
 
-def cached_script(request: SourceRequest, snapshot: Snapshot) -> Any | None:
-    """The builder of a copy in the Hub's local cache; None: it has none of its files."""
+def cached_script(request: SourceRequest, snapshot: Snapshot, listed: list[str] | None) -> tuple[Any, list[str]]:
+    """The builder of a copy in the Hub's local cache, and which files of the split it lacks; (None, …): none is there.
+
+    listed: all files that the copy has; None: not known, and what is there is taken for all.
+    """
     names = [path.relative_to(snapshot.folder).as_posix() for path in sorted(snapshot.folder.rglob("*.parquet"))]
     if not names:
-        return None
-    return _of_script(request, _Copy(str(snapshot.folder), snapshot.commit, _sorted_out(names)))[0]
+        return None, []
+    copy = _Copy(str(snapshot.folder), snapshot.commit, _sorted_out(names if listed is None else listed))
+    config = _configuration(request, copy)
+    missing = {split: sorted(set(files).difference(names)) for split, files in copy.splits[config].items()}
+    if missing.get(request.split):
+        return None, missing[request.split]
+    whole = {split: files for split, files in copy.splits[config].items() if not missing[split]}
+    return _of_script(request, replace(copy, splits={**copy.splits, config: whole}))[0], []
 
 
 def converted_data(request: SourceRequest, repo: str, builder: Any) -> tuple[Any, str] | str:

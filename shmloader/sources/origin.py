@@ -143,7 +143,9 @@ def _whole(request: SourceRequest, repo: str, snapshot: Snapshot, is_last: bool)
         SourceError: files of the split are missing. SplitNotFoundError: all are there, and it has no such split.
     """
     if snapshot.commit == cached_commit(repo, CONVERSION):
-        script = cached_script(request, snapshot)
+        script, missing = cached_script(request, snapshot, listed_files(repo, snapshot.commit))
+        if missing and is_last:
+            raise _incomplete(request, repo, snapshot, None, missing)
         return None if script is None else (script, {})
     listed = listed_files(repo, snapshot.commit)
     lacking = [] if listed is None else absent(snapshot, listed)

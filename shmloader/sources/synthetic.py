@@ -24,6 +24,7 @@ from shmloader.column_path import choice_of
 from shmloader.errors import EmptyDatasetError, SplitNotFoundError
 from shmloader.sources.base import SYNTHETIC, Chunk, Columns, SourcePlan, SourceRequest
 from shmloader.sources.rows import BATCH_ROWS, MEDIA_TYPE, stream_bytes
+from shmloader.sources.splits import ALL
 
 #: Rows of a split (guessed: some batches for each of many workers, made in a few seconds); more where a dataset has
 #: more classes than that.
@@ -214,7 +215,9 @@ def _cut(request: SourceRequest, num_rows: int) -> tuple[tuple[str, ...], tuple[
 
 def _parts(request: SourceRequest, num_rows: int) -> list[tuple[str, int, int]]:
     """(split, first row, end) of each part of the split that is asked for."""
-    if re.fullmatch(r"\w+(\.\w+)*", request.split):
+    if request.split == ALL and (every := _every_split(request)):
+        parts = [(split, 0, num_rows) for split in every]
+    elif re.fullmatch(r"\w+(\.\w+)*", request.split):
         parts = [(request.split, 0, num_rows)]
     else:
         from shmloader.sources.splits import ranges
@@ -222,6 +225,12 @@ def _parts(request: SourceRequest, num_rows: int) -> list[tuple[str, int, int]]:
         parts = ranges(request, lambda name: num_rows)
     _check_known(request, {split for split, _, _ in parts})
     return parts
+
+
+def _every_split(request: SourceRequest) -> list[str]:
+    """The splits that the catalog tells, of the first of its places; [] if it tells none."""
+    assert request.entry is not None
+    return list(request.entry.repos[0].has)
 
 
 def _check_known(request: SourceRequest, splits: set[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import opened
+from support_bad_rows import RINGS, fails_at, options
 from support_sets import kill, number, png, prefetchers_of, wait_until, write_numbers, write_pictures, write_table
 from torch.utils.data import DataLoader
 
 from shmloader import MultimodalConfig, Options, ShmMultimodalDataset, ShmMultimodalIterableDataset, reader
-from shmloader.errors import DecodeError, OptionError, ReadError, ShmloaderError, TooManyBadRowsError
+from shmloader.errors import DecodeError, OptionError, ReadError, TooManyBadRowsError
 
 ROWS = 96
 #: Of `ROWS` rows: alone, side by side, the last one.
 BAD = (5, 20, 21, 22, 50, 95)
 PICTURES = MultimodalConfig(vision_dim=32, image_dtype="uint8")
-
-#: All fits; most makes way.
-RINGS = {"fits": "32MiB", "does not fit": "256KiB"}
-
-
-def options(ring: str = "fits", **changes: Any) -> Options:
-    sizes = {} if ring == "fits" else {"in_flight": 16, "ahead": 16}
-    return Options(**{"ring_bytes": RINGS[ring], "prefetchers": 2, "timeout_s": 30, **sizes, **changes})
 
 
 def instead_of(row: int, bad: Any = BAD, rows: int = ROWS) -> int:
@@ -38,17 +31,6 @@ def instead_of(row: int, bad: Any = BAD, rows: int = ROWS) -> int:
     while row in bad:
         row = (row + 1) % rows
     return row
-
-
-def fails_at(*bad: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A `process`: the number, and what takes room; raises for these rows."""
-
-    def process(row: dict[str, Any]) -> dict[str, Any]:
-        if row["number"] in bad:
-            raise ValueError(f"number {row['number']} is bad")
-        return {"number": row["number"], "room": np.zeros(4000, np.uint8)}
-
-    return process
 
 
 @pytest.fixture(scope="module")
@@ -361,91 +343,6 @@ def test_a_chunk_that_cannot_be_read_counts_with_all_of_its_rows(tmp_path):
             dataset[40]
         assert caught.value.num_bad == 16
         assert isinstance(caught.value.__cause__, ReadError)
-
-
-# ---- streams without a length -----------------------------------------------------------------------------------
-
-
-def stream(rows: int) -> Any:
-    import datasets
-
-    def generate() -> Iterator[dict[str, int]]:
-        for i in range(rows):
-            yield {"number": i}
-
-    return datasets.IterableDataset.from_generator(generate)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_leaves_bad_rows_out(workers):
-    bad = (0, 7, 8, 9, 63, 64, 199)
-    arguments = {"process": fails_at(*bad), "on_error": "skip", "max_bad": 0.1, "options": options()}
-    with opened(stream(200), ShmMultimodalIterableDataset, **arguments) as dataset:
-        found = [value for batch in DataLoader(dataset, num_workers=workers, batch_size=4) for value in batch["number"]]
-        assert sorted(int(value) for value in found) == [i for i in range(200) if i not in bad]
-        assert {entry["row"] for entry in dataset.quarantine} == set(bad)
-
-
-def test_a_stream_has_made_up_samples_in_the_place_of_bad_rows():
-    bad = (0, 7, 8, 9, 99)
-    arguments = {"process": fails_at(*bad), "on_error": "synthetic", "max_bad": 0.1, "options": options()}
-    with opened(stream(100), ShmMultimodalIterableDataset, **arguments) as dataset:
-        sources = [sample["source"] for sample in dataset]
-        made = [i for i, source in enumerate(sources) if source.endswith(" (synthetic)")]
-        assert made == [0, 7, 8, 9]  # behind the last row there is none to be like
-        assert len(sources) == 99
-
-
-def test_a_row_that_kills_is_left_out_of_a_stream():
-    def process(row: dict[str, Any]) -> dict[str, Any]:
-        import os
-
-        if row["number"] == 30:
-            os._exit(3)
-        return {"number": row["number"]}
-
-    arguments = {"process": process, "on_error": "skip", "options": options()}
-    with opened(stream(60), ShmMultimodalIterableDataset, **arguments) as dataset:
-        found = [int(sample["number"]) for sample in dataset]
-        assert found[:30] == list(range(30))
-        assert 30 not in found
-        assert found[-1] == 59
-        assert (30, "ServiceError") in {(bad["row"], bad["error"]) for bad in dataset.quarantine}
-
-
-@pytest.mark.parametrize("on_error", ["skip", "synthetic"])
-def test_a_stream_of_bad_rows_alone_is_an_error_that_says_so(on_error):
-    arguments = {"process": fails_at(*range(20_000)), "on_error": on_error, "options": options()}
-    with (
-        opened(stream(20_000), ShmMultimodalIterableDataset, **arguments) as dataset,
-        pytest.raises(TooManyBadRowsError, match="11 of the 11 rows"),
-    ):
-        list(dataset)
-
-
-def test_a_stream_with_too_many_bad_rows_is_an_error():
-    arguments = {"process": fails_at(*range(5, 40)), "on_error": "skip", "options": options()}
-    with opened(stream(200), ShmMultimodalIterableDataset, **arguments) as dataset:
-        with pytest.raises(TooManyBadRowsError, match="11 of the 16 rows") as caught:
-            list(dataset)
-        assert caught.value.num_rows is None
-
-
-def test_a_stream_that_fails_is_an_error_whatever_the_policy():
-    import datasets
-
-    def generate() -> Iterator[dict[str, int]]:
-        for i in range(100):
-            if i == 70:
-                raise OSError("the stream broke")
-            yield {"number": i}
-
-    source = datasets.IterableDataset.from_generator(generate)
-    arguments = {"process": number, "on_error": "skip", "max_bad": 1.0, "options": options()}
-    with opened(source, ShmMultimodalIterableDataset, **arguments) as dataset:
-        found = []
-        with pytest.raises(ShmloaderError, match="the stream broke"):
-            found.extend(sample["number"].item() for sample in dataset)
 
 
 # ---- arguments --------------------------------------------------------------------------------------------------

@@ -275,7 +275,7 @@ def test_a_service_that_is_killed_while_it_logs_leaves_whole_records(
 
     for i in range(5):
         children = [in_child(work) for _ in range(2)]
-        wait_until(lambda i=i: pipe.show() or len(caplog.records) > 50 * (i + 1))
+        wait_until(lambda i=i: pipe.show() and len(caplog.records) > 50 * (i + 1))
         kill(*children)
         assert [join(child) for child in children] == [-signal.SIGKILL] * 2
         pipe.show()

@@ -44,7 +44,7 @@ def test_what_comes_begins_the_time_anew():
     attempts = patience.attempts(HOST, "GET /it")
     for _ in range(5):
         clock.now += 29
-        attempts.progress()
+        assert attempts.came(10_000, is_kept=True)
     attempts.failed(OSError("reset"))
     assert clock.slept == [pytest.approx(0.25, rel=0.26)]
 
@@ -64,7 +64,7 @@ def test_what_comes_to_no_use_does_not_begin_the_time_anew():
     attempts = patience.attempts(HOST, "GET /it")
     for _ in range(10):
         clock.now += 2.9
-        attempts.touch()
+        assert attempts.came(10_000, is_kept=False)
         with attempts.paused():
             clock.now += 1
     assert attempts.left_s == pytest.approx(1)
@@ -210,3 +210,24 @@ def test_error_travels_between_processes():
 
 def test_error_is_of_no_kind_that_libraries_take_for_an_answer_or_try_again():
     assert not issubclass(ServerGivenUp, OSError)
+
+
+def test_drip_is_as_nothing():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /it")
+    flows = []
+    for _ in range(4):
+        clock.now += 9
+        flows.append(attempts.came(1, is_kept=True))
+    assert flows == [True, True, True, False]
+    with pytest.raises(ServerGivenUp):
+        attempts.failed(OSError("it drips"))
+
+
+def test_drip_counts_no_time_that_the_caller_took():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /it")
+    for _ in range(4):
+        with attempts.paused():
+            clock.now += 1000
+        assert attempts.came(1, is_kept=True)

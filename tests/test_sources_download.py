@@ -217,7 +217,7 @@ def test_download_goes_on_while_something_comes_though_no_file_grows(monkeypatch
 def test_what_comes_to_the_client_is_noted():
     found = patience.Patience(30.0, clock=lambda: 7.0)
     assert found.came_at == float("-inf")
-    found.attempts("hub", "GET /it").touch()
+    found.attempts("hub", "GET /it").came(1, is_kept=False)
     assert found.came_at == 7.0
 
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shmloader.sources.base import SourceRequest
-from shmloader.sources.hub import HubFiles, is_remote
+from shmloader.sources.hub import HubFiles, TooLarge, is_remote
 from shmloader.sources.rows import MEDIA_TYPE
 
 log = logging.getLogger("shmloader.sources")
@@ -25,6 +25,8 @@ _MEDIA_FEATURES = ("Image", "Audio")
 REMOTE_THREADS = 16
 #: HTTP: this file is not to be had. Of the Hub that would concern the whole repository, and so a token.
 _REFUSED = (401, 403, 404, 410)
+#: The same of the Hub's client, which only hub.py may import.
+_NOT_THERE = ("RemoteEntryNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError")
 #: What Arrow's binary columns hold at most.
 _MOST_BYTES = (1 << 31) - 1
 
@@ -75,12 +77,13 @@ class MediaFiles:
         if "://" not in path:
             return self._local(path)
         try:
-            data = self._hub.read_whole(path) if self._hub is not None and is_remote(path) else self._other(path)
-        except FileNotFoundError as error:
+            hub = self._hub if is_remote(path) else None
+            data = self._other(path) if hub is None else hub.read_whole(path, _MOST_BYTES)
+        except (FileNotFoundError, TooLarge) as error:
             self._tell(path, error)
             return None
         except OSError as error:
-            if type(error).__name__ != "RemoteEntryNotFoundError":  # of the Hub's client, which only it may import
+            if type(error).__name__ not in _NOT_THERE:
                 raise FileFailure(path, error) from error
             self._tell(path, error)
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -111,6 +111,11 @@ def _read_footers(request: SourceRequest, paths: Sequence[str]) -> list[_Footer]
         reading = [
             pool.submit(_read_footer, source_name(request), p, n, hub) for p, n in zip(paths, sizes, strict=True)
         ]
+        if wait(reading, return_when=FIRST_EXCEPTION).not_done:
+            pool.shutdown(cancel_futures=True)  # of those that were not begun none may be waited for
+        for future in reading:
+            if not future.cancelled() and (error := future.exception()) is not None:
+                raise error  # of the first file that has one
         return [future.result() for future in reading]
 
 

@@ -32,6 +32,9 @@ _JITTER = 0.25
 #: A server that is silent for this long is asked again, or for a third of the time there is (guessed: the Hub answers
 #: in less than a second). Each further try waits twice as long, for one that is only slow.
 STALL_S = 10.0
+#: A body that comes more slowly than this, in bytes a second, is as one that does not come (guessed: less than any line
+#: that one would train over).
+SLOWEST = 256
 #: A host that was not reached is not tried again for so long (guessed).
 REST_S = 5.0
 #: HTTP: the server is there, and may do it later.
@@ -127,7 +130,7 @@ class Patience:
         return self._heard_at.get(host, since) > since
 
     def answered(self, host: str) -> None:
-        """``host`` does its work."""
+        """``host`` does its work: it gave all of an answer, or bytes of a body."""
         self.came_at = self._heard_at[host] = self.clock()
         if host in self._hosts:
             with self._lock:
@@ -148,7 +151,8 @@ class Attempts:
     def __init__(self, patience: Patience, host: str, what: str) -> None:
         self._patience, self._host, self._what, self._timeout_s = patience, host, what, patience.timeout_s
         self._doubted = patience.given_up()
-        self._began = self._since = patience.clock()
+        self._began = self._since = self._flows_since = patience.clock()
+        self._num_bytes = 0  # that came since then
         self._num_tries = 0
         self._wait_s = FIRST_WAIT_S
 
@@ -163,15 +167,21 @@ class Attempts:
         most: float = min(STALL_S, self._timeout_s / 3) * 2.0**self._num_tries
         return max(min(most, self.left_s), min(0.5, self._timeout_s))
 
-    def progress(self) -> None:
-        """Something came that is kept whatever becomes of the rest: the time begins anew."""
-        self._began = self._since = self._patience.clock()
-        self._num_tries, self._wait_s = 0, FIRST_WAIT_S
-        self._patience.came()
+    def came(self, num_bytes: int, is_kept: bool) -> bool:
+        """``num_bytes`` of a body came. is_kept: whatever becomes of the rest; then the time begins anew.
 
-    def touch(self) -> None:
-        """Something came that is of no use if the rest does not come."""
+        False: the body drips (`SLOWEST`), and has for as long as may be.
+        """
         self._patience.came()
+        now = self._patience.clock()
+        self._num_bytes += num_bytes
+        if self._num_bytes < SLOWEST * (now - self._flows_since):
+            return now - self._flows_since < self._timeout_s
+        self._num_bytes, self._flows_since = 0, now
+        if is_kept:
+            self._began = self._since = now
+            self._num_tries, self._wait_s = 0, FIRST_WAIT_S
+        return True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -180,7 +190,9 @@ class Attempts:
         try:
             yield
         finally:
-            self._since += self._patience.clock() - began
+            spent_s = self._patience.clock() - began
+            self._since += spent_s
+            self._flows_since += spent_s
 
     def failed(
         self,
@@ -200,6 +212,7 @@ class Attempts:
                 up before the request began, and has done no work since.
         """
         self._num_tries += 1
+        self._num_bytes = 0
         host = host or self._host
         if status is not None:
             self._patience.heard(host)
@@ -221,6 +234,7 @@ class Attempts:
         pace_s = self._wait_s * random.uniform(1 - _JITTER, 1 + _JITTER)
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
         self._patience.sleep(min(max(wait_s, pace_s), left_s))
+        self._flows_since = self._patience.clock()
 
     def _given_up(self, host: str, why: str, status: int | None, is_refusal: bool) -> ServerGivenUp:
         spent_s = self._timeout_s - self.left_s

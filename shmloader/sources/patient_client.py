@@ -13,10 +13,12 @@ So no layer above sees anything but whole answers and a `ServerGivenUp`. Imports
 from __future__ import annotations
 
 import re
+import socket
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import constants, get_session, set_client_factory
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 else:
     from huggingface_hub.utils import httpx  # whichever it uses
 
-from shmloader.sources.patience import BUSY, Attempts, Patience, asked_wait_s
+from shmloader.sources.patience import BUSY, SLOWEST, Attempts, Patience, asked_wait_s
 
 #: HTTP: a signed address (one with a query, to which we were led) that has expired; which of them depends on the store.
 _EXPIRED = (400, 401, 403, 410)
@@ -66,7 +68,8 @@ class PatientClient(httpx.Client):
         host, what = _host(request.url), f"{request.method} {_shown(request.url)}"
         if host != self._hub and str(request.url) not in self._origins:
             # What `datasets` asks of others (its viewer, a counter of downloads) it does without.
-            request.extensions = request.extensions | {"timeout": _timeouts(request, self._patience.silence_s)}
+            told = request.extensions.get("timeout") or {}
+            request.extensions = request.extensions | _limits(self._patience.silence_s, told)
             return super().send(request, stream=stream, **options)
         attempts = self._patience.attempts(host, what)
         while True:
@@ -85,7 +88,8 @@ class PatientClient(httpx.Client):
         """An answer that is not about the server's state, without its body. Raises as `send`."""
         num_renewals = 0
         while True:
-            request.extensions = request.extensions | {"timeout": _timeouts(request, attempts.silence_s)}
+            # Whatever who asks would have waited: `huggingface_hub` asks for the same 10 s each time it tries.
+            request.extensions = request.extensions | _limits(attempts.silence_s)
             try:
                 response = super().send(request, stream=True, **options)
             except _OURS:
@@ -101,13 +105,14 @@ class PatientClient(httpx.Client):
                 response.close()
                 attempts.failed(None, host, response.status_code, wait_s)
                 continue
-            self._patience.answered(host)
             if num_renewals < _MOST_RENEWALS and self._is_expired(response):
                 num_renewals += 1
                 request = self._renewed(request)
                 response.close()
                 attempts.failed(None, host, response.status_code)
                 continue
+            if not _has_body(response):
+                self._patience.answered(host)
             if response.has_redirect_location and response.next_request is not None:  # not followed: by who asked
                 self._remember(str(response.next_request.url), request)
             return response
@@ -117,6 +122,7 @@ class PatientClient(httpx.Client):
         self._patience.check(_host(request.url))
 
     def _failed(self, attempts: Attempts, request: httpx.Request, error: httpx.TransportError) -> None:
+        """request: the one that failed, if ``error`` does not tell."""
         host = _host(_request_of(error, request).url)
         attempts.failed(error, host, is_unreached=isinstance(error, _UNREACHED))
 
@@ -157,7 +163,8 @@ class _Body(httpx.SyncByteStream):
         self._client, self._request, self._attempts, self._options = client, request, attempts, options
         assert isinstance(response.stream, httpx.SyncByteStream)
         self._stream: httpx.SyncByteStream = response.stream
-        self._parts: Iterable[bytes] = response.stream  # of it those that are still wanted
+        self._parts = _all(response.stream)
+        self._from = response.request  # whose body this is: where ``request`` led to
         self._span = _span(response)
         self._etag = response.headers.get("etag")
         self._num_read = 0
@@ -166,20 +173,22 @@ class _Body(httpx.SyncByteStream):
         while True:
             error: httpx.TransportError
             try:
-                for part in self._parts:
-                    if self._span is None or not part:  # it has to be fetched again, or had come already
-                        self._attempts.touch()
-                    else:
-                        self._attempts.progress()
+                for num_bytes, part in self._parts:
+                    # What cannot be gone on with has to be fetched again, and an empty part had come already.
+                    if not self._attempts.came(num_bytes, is_kept=self._span is not None and bool(part)):
+                        raise httpx.ReadTimeout(f"fewer than {SLOWEST} bytes a second came", request=self._from)
+                    self._client._patience.answered(_host(self._from.url))
                     self._num_read += len(part)
                     with self._attempts.paused():
                         yield part
                 if self._span is None or self._num_read >= self._span[1] - self._span[0]:
+                    self._client._patience.answered(_host(self._from.url))
                     return
-                error = httpx.RemoteProtocolError(f"it ended after {self._num_read} bytes", request=self._request)
+                error = httpx.RemoteProtocolError(f"it ended after {self._num_read} bytes", request=self._from)
             except httpx.TransportError as failure:
                 error = failure
             if self._span is None:
+                error.request = _request_of(error, self._from)
                 raise error
             self._go_on(error, *self._span)
 
@@ -191,13 +200,14 @@ class _Body(httpx.SyncByteStream):
         """Have the rest of the bytes from ``first`` to before ``end``. Raises ServerGivenUp."""
         while True:
             self._stream.close()
-            self._client._failed(self._attempts, self._request, error)
+            self._client._failed(self._attempts, self._from, error)
             headers = self._request.headers.copy()
             headers["Range"] = f"bytes={first + self._num_read}-{end - 1}"
             request = httpx.Request(self._request.method, self._request.url, headers=headers)
             response = self._client.answer(request, self._attempts, self._options)
             assert isinstance(response.stream, httpx.SyncByteStream)
-            self._stream = self._parts = response.stream
+            self._stream, self._parts = response.stream, _all(response.stream)
+            self._from = response.request
             changed, span = self._etag != response.headers.get("etag"), _span(response)
             at = first + self._num_read
             if span == (at, end) and not changed:
@@ -207,7 +217,7 @@ class _Body(httpx.SyncByteStream):
                 return
             told = "another version of it" if changed else "not the bytes that were asked for"
             error = httpx.RemoteProtocolError(
-                f"HTTP {response.status_code}: {told}, of {_shown(response.request.url)}", request=request
+                f"HTTP {response.status_code}: {told}, of {_shown(response.request.url)}", request=self._from
             )
 
 
@@ -225,21 +235,45 @@ def _span(response: httpx.Response) -> tuple[int, int] | None:
     return (0, int(length)) if length.isdigit() else None
 
 
-def _between(parts: Iterable[bytes], first: int, end: int) -> Iterator[bytes]:
-    """The bytes from ``first`` to before ``end``, and an empty part for each of those before."""
+def _all(parts: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Of each part how many bytes came, and those that are wanted: all."""
+    return ((len(part), part) for part in parts)
+
+
+def _between(parts: Iterable[bytes], first: int, end: int) -> Iterator[tuple[int, bytes]]:
+    """The same where only the bytes from ``first`` to before ``end`` are wanted."""
     at = 0
     for part in parts:
-        yield part[max(first - at, 0) : end - at]
+        yield len(part), part[max(first - at, 0) : end - at]
         at += len(part)
         if at >= end:
             return
 
 
-def _timeouts(request: httpx.Request, silence_s: float) -> dict[str, float]:
-    """Of a try: what the caller wanted, and no longer than may be."""
-    told = request.extensions.get("timeout") or {}
+def _has_body(response: httpx.Response) -> bool:
+    """Whether more than its head is to come."""
+    return response.request.method != "HEAD" and response.headers.get("content-length") != "0"
+
+
+def _limits(silence_s: float, told: Mapping[str, float] = MappingProxyType({})) -> dict[str, Any]:
+    """The extensions of a request that bound a try of it. told: the caller's limits, if these hold too."""
     names = ("connect", "read", "write", "pool")
-    return {name: min(silence_s, told.get(name) or silence_s) for name in names}
+    return {"timeout": {name: min(silence_s, told.get(name) or silence_s) for name in names}, "trace": _share_time}
+
+
+def _share_time(event: str, info: dict[str, Any]) -> None:
+    """Have all addresses of a host together take the time of a connection, which each of them is given.
+
+    A trace callback of httpcore, which calls it with what it connects with (`socket.create_connection` takes the
+    addresses one after the other).
+    """
+    if not event.endswith("connect_tcp.started") or info.get("timeout") is None:
+        return
+    try:
+        found = socket.getaddrinfo(info["host"], info["port"], type=socket.SOCK_STREAM)
+    except OSError:  # the connection fails in the same way
+        return
+    info["timeout"] /= max(len(found), 1)
 
 
 def _request_of(error: httpx.TransportError, asked: httpx.Request) -> httpx.Request:

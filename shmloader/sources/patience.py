@@ -212,7 +212,6 @@ class Attempts:
                 up before the request began, and has done no work since.
         """
         self._num_tries += 1
-        self._num_bytes = 0
         host = host or self._host
         if status is not None:
             self._patience.heard(host)
@@ -234,7 +233,6 @@ class Attempts:
         pace_s = self._wait_s * random.uniform(1 - _JITTER, 1 + _JITTER)
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
         self._patience.sleep(min(max(wait_s, pace_s), left_s))
-        self._flows_since = self._patience.clock()
 
     def _given_up(self, host: str, why: str, status: int | None, is_refusal: bool) -> ServerGivenUp:
         spent_s = self._timeout_s - self.left_s

@@ -105,14 +105,14 @@ class PatientClient(httpx.Client):
                 response.close()
                 attempts.failed(None, host, response.status_code, wait_s)
                 continue
+            if not _has_body(response) or response.is_error:
+                self._patience.answered(host)
             if num_renewals < _MOST_RENEWALS and self._is_expired(response):
                 num_renewals += 1
                 request = self._renewed(request)
                 response.close()
                 attempts.failed(None, host, response.status_code)
                 continue
-            if not _has_body(response):
-                self._patience.answered(host)
             if response.has_redirect_location and response.next_request is not None:  # not followed: by who asked
                 self._remember(str(response.next_request.url), request)
             return response

@@ -231,3 +231,23 @@ def test_drip_counts_no_time_that_the_caller_took():
         with attempts.paused():
             clock.now += 1000
         assert attempts.came(1, is_kept=True)
+
+
+def test_small_body_that_comes_after_long_waits_does_not_drip():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /it")
+    clock.now += 29
+    attempts.failed(OSError("busy"))
+    clock.now += 2
+    assert attempts.came(10, is_kept=False)
+
+
+def test_few_bytes_of_each_try_are_no_progress():
+    patience, clock = patience_of()
+    attempts = patience.attempts(HOST, "GET /it")
+    with pytest.raises(ServerGivenUp):
+        for _ in range(100):
+            assert attempts.came(100, is_kept=True)
+            clock.now += attempts.silence_s
+            attempts.failed(OSError("stalled"))
+    assert clock.now - 1000 <= 45

@@ -145,21 +145,36 @@ class Patience:
                 self._hosts[host] = _Host(now, now + rest_s, why, status)
 
 
+class _Flow:
+    """What comes. since: when it last was as much as `SLOWEST` asks for, or when it began."""
+
+    def __init__(self, now: float) -> None:
+        self.since, self._num_bytes = now, 0
+
+    def came(self, num_bytes: int, now: float) -> bool:
+        """Count ``num_bytes`` more. True: they are enough."""
+        self._num_bytes += num_bytes
+        if self._num_bytes < SLOWEST * (now - self.since):
+            return False
+        self.since, self._num_bytes = now, 0
+        return True
+
+
 class Attempts:
     """The tries of one request, with what is fetched of its body. For one thread."""
 
     def __init__(self, patience: Patience, host: str, what: str) -> None:
         self._patience, self._host, self._what, self._timeout_s = patience, host, what, patience.timeout_s
         self._doubted = patience.given_up()
-        self._began = self._since = self._flows_since = patience.clock()
-        self._num_bytes = 0  # that came since then
+        self._began = patience.clock()
+        self._kept, self._flow = _Flow(self._began), _Flow(self._began)  # of all tries; of this one, of use or not
         self._num_tries = 0
         self._wait_s = FIRST_WAIT_S
 
     @property
     def left_s(self) -> float:
         """What is left of the time."""
-        return self._timeout_s - (self._patience.clock() - self._since)
+        return self._timeout_s - (self._patience.clock() - self._kept.since)
 
     @property
     def silence_s(self) -> float:
@@ -174,14 +189,11 @@ class Attempts:
         """
         self._patience.came()
         now = self._patience.clock()
-        self._num_bytes += num_bytes
-        if self._num_bytes < SLOWEST * (now - self._flows_since):
-            return now - self._flows_since < self._timeout_s
-        self._num_bytes, self._flows_since = 0, now
-        if is_kept:
-            self._began = self._since = now
+        if is_kept and self._kept.came(num_bytes, now):
+            self._began = now
             self._num_tries, self._wait_s = 0, FIRST_WAIT_S
-        return True
+        self._flow.came(num_bytes, now)
+        return now - self._flow.since < self._timeout_s
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -191,8 +203,8 @@ class Attempts:
             yield
         finally:
             spent_s = self._patience.clock() - began
-            self._since += spent_s
-            self._flows_since += spent_s
+            self._kept.since += spent_s
+            self._flow.since += spent_s
 
     def failed(
         self,
@@ -233,6 +245,7 @@ class Attempts:
         pace_s = self._wait_s * random.uniform(1 - _JITTER, 1 + _JITTER)
         self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
         self._patience.sleep(min(max(wait_s, pace_s), left_s))
+        self._flow = _Flow(self._patience.clock())
 
     def _given_up(self, host: str, why: str, status: int | None, is_refusal: bool) -> ServerGivenUp:
         spent_s = self._timeout_s - self.left_s

@@ -132,7 +132,7 @@ def _child(order: dict[str, Any], endpoint: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="shmloader-bench-") as home:
         done = subprocess.run(
             [sys.executable, "-m", "bench.hub", json.dumps(order)],
-            env={**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": home, "XDG_CACHE_HOME": home, "HF_HUB_OFFLINE": "0"},
+            env={**_own_environ(), "HF_ENDPOINT": endpoint, "HF_HOME": home, "XDG_CACHE_HOME": home},
             cwd=_ROOT,
             stdout=subprocess.PIPE,
             text=True,
@@ -141,6 +141,11 @@ def _child(order: dict[str, Any], endpoint: str) -> dict[str, Any]:
         )
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return told
+
+
+def _own_environ() -> dict[str, str]:
+    """Without what would have the clients look elsewhere: the user's caches, offline mode."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGINGFACE_"))}
 
 
 def _print(console: Console, title: str, fetched: list[dict[str, Any]], dead: list[dict[str, Any]]) -> None:

@@ -34,6 +34,7 @@ class StandIn(torch.utils.data.Dataset[StandInSample]):
     """`ShmMultimodalDataset` as far as the demo knows it, over a plain decode; ``fault`` spoils samples."""
 
     commits_per_sample = 1
+    transit_bytes = 0
     fault: Any = None
 
     def __init__(self, config: Any, *, split: str, dataset_name: str) -> None:
@@ -62,6 +63,7 @@ class StandIn(torch.utils.data.Dataset[StandInSample]):
             commits=len(self) * self.commits_per_sample,
             ring_bytes=10**9,
             ring_used_bytes=len(self) * 150_528,
+            transit_bytes=self.transit_bytes,
             service_pids=[],
             batches_in_slots=1,
             batches_copied=0,
@@ -83,6 +85,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[StandIn]:
     monkeypatch.setattr(shmloader, "ShmMultimodalDataset", StandIn, raising=False)
     monkeypatch.setattr(StandIn, "fault", None)
     monkeypatch.setattr(StandIn, "commits_per_sample", 1)
+    monkeypatch.setattr(StandIn, "transit_bytes", 0)
     monkeypatch.setitem(default_collate_fn_map, StandInSample, _collate)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
     return StandIn
@@ -139,6 +142,14 @@ def test_second_decode_of_a_sample_fails(stand_in: type[StandIn], folders: DemoF
     """Each sample is decoded once, or the demo says that it was not."""
     stand_in.commits_per_sample = 2
     assert _run(folders.images, epochs=1).differences == ["40 samples were decoded, but there are 20"]
+
+
+@pytest.mark.parametrize(("decodes", "is_right"), [(2, True), (0.5, False)])
+def test_samples_that_do_not_fit_the_ring_may_be_decoded_again_but_none_is_left_out(
+    stand_in: type[StandIn], folders: DemoFolders, decodes: float, is_right: bool
+) -> None:
+    stand_in.commits_per_sample, stand_in.transit_bytes = decodes, 10**6  # type: ignore[assignment]
+    assert bool(_run(folders.images, epochs=1).differences) is not is_right
 
 
 def test_command_shows_tables_and_succeeds(

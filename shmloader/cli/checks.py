@@ -51,7 +51,8 @@ class Checks:
         """The same, downloaded first: the same samples."""
         with self._opened(use_streaming=False) as dataset:
             downloaded = self._read(dataset)
-            if self._streamed and not all(map(_are_equal, self._streamed, downloaded)):
+            is_same = len(self._streamed) == len(downloaded) and all(map(_are_equal, self._streamed, downloaded))
+            if self._streamed and not is_same:
                 raise CheckError("what was downloaded gives other samples than what was streamed")
             return f"{_described(dataset, downloaded)}{', equal to those streamed' if self._streamed else ''}"
 

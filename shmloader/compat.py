@@ -207,6 +207,8 @@ def create_multimodal_dataloaders(
         if splits is None:
             train_split = _rest_of(validation)
         train = stack.enter_context(open_split(train_split))
+        if splits is None:
+            _check_apart(train, validation)
         loaders = tuple(
             DataLoader(
                 dataset,
@@ -219,6 +221,21 @@ def create_multimodal_dataloaders(
         )
         stack.pop_all()
     return loaders[0], loaders[1]
+
+
+def _check_apart(train: MultimodalDataset, validation: MultimodalDataset) -> None:
+    """Raise OptionError if a named dataset has the same split for both."""
+    own = {(source["dataset"], source["split"]) for source in train.sources}
+    for source in validation.sources:
+        if (source["dataset"], source["split"]) in own:
+            raise OptionError(
+                f"{source['name']}: its splits 'train' and 'validation' are the same one here, {source['split']!r}, so "
+                "training would have the rows of validation. Name two splits, or parts of one, with splits=, "
+                "('train[:90%]', 'train[90%:]') say.",
+                name="splits",
+                value="None",
+                allowed="the splits of training and of validation",
+            )
 
 
 def _rest_of(validation: MultimodalDataset) -> str:

@@ -199,3 +199,11 @@ def test_loaders_that_cannot_be_made_leave_no_set_behind(tmp_path: Any) -> None:
 def test_a_missing_split_leaves_no_set_behind(texts_path: str) -> None:
     with no_leaks(), pytest.raises(SplitNotFoundError):
         create_multimodal_dataloaders(dataset_name=texts_path, options=small_options())
+
+
+def test_named_dataset_that_has_one_split_for_both_is_refused(tmp_path: Any) -> None:
+    (tmp_path / "test.jsonl").write_text("".join(f'{{"text": "{i:03}"}}\n' for i in range(100)))
+    splits = {"train": "test", "validation": "test"}
+    register_dataset(DatasetConfig("mine_twice", Repo(str(tmp_path), splits=splits), {"text": "text"}), replace=True)
+    with pytest.raises(OptionError, match=r"'train' and 'validation' are the same one here, 'test'.*splits="):
+        create_multimodal_dataloaders(None, None, 10, "mine_twice", num_workers=0, options=small_options())

@@ -140,3 +140,20 @@ def test_many_files_of_a_hub_whose_bodies_stall_take_the_timeout_once(tmp_path):
     told = ask(footers, tmp_path)
     assert told["error"]["type"] == "SourceError"
     assert told["took_s"] < 2.5 * TIMEOUT_S + 5  # and not once for each 16 of them
+
+
+def small_files(world: World) -> list[int]:
+    """Twice, in another order each time."""
+    files, _ = _file(world)
+    names = [f"{i}.bin" for i in range(20)]
+    for i, name in enumerate(names):
+        (world.hub.root / NAME / name).write_bytes(bytes([i]) * 1000)
+    commit = world.hub.commit(NAME)
+    for name in (*names, *reversed(names)):
+        content = files.open_whole(f"hf://datasets/{NAME}@{commit}/{name}", 1000).read()
+        assert content == bytes([int(name.removesuffix(".bin"))]) * 1000
+    return [world.hub.num_bytes_of(".bin"), len(files.read_at(f"hf://datasets/{NAME}@{commit}/0.bin", 0, 0, 0))]
+
+
+def test_small_files_stay_however_many_they_are(tmp_path):
+    assert ask(small_files, tmp_path) == [20_000, 0]

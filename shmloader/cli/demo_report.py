@@ -34,6 +34,10 @@ def words(outcomes: Sequence[Outcome]) -> str:
     if any(outcome.differences for outcome in outcomes):
         return "What the loader gave is not what a direct decode gives: see DIFFERS above. Please report it as a bug."
     sentences = ["Every sample was decoded once, kept once, and read in place by all workers."]
+    again = [outcome for outcome in outcomes if outcome.stats.commits > outcome.stats.num_rows]
+    if again:
+        names = " and ".join(map(_name, again))
+        sentences = [f"{names} does not fit the ring, so samples were decoded again: set SHMLOADER_RING_BYTES higher."]
     if outcomes[0].run.num_epochs > 1:
         first, *others = outcomes
         gains = [f"{warm_ratio(first):.1f} times the samples/s of a plain DataLoader for {_name(first)}"]

@@ -24,8 +24,9 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 
 #: Files below this of which all rows are read at once are fetched whole, with one request.
 WHOLE_FILE_BYTES = 8 << 20
-#: Most such files kept at a time, so at most 64 MiB.
-MAX_WHOLE_FILES = 8
+#: Bytes of such files that are kept, those that were read last: by bytes and not by number, since of a small dataset
+#: all should stay, however many files it has and in whichever order they are read.
+MOST_KEPT_BYTES = 8 * WHOLE_FILE_BYTES
 
 
 class NoRanges(OSError):
@@ -94,12 +95,14 @@ class HubFiles:
             with self.open(path, num_bytes) as file:
                 buffer = pa.py_buffer(file.read(num_bytes))
         self._whole[path] = buffer
-        while len(self._whole) > MAX_WHOLE_FILES:
+        while sum(kept.size for kept in self._whole.values()) > MOST_KEPT_BYTES:
             self._whole.popitem(last=False)
         return pa.BufferReader(buffer)
 
     def read_at(self, path: str, num_bytes: int, offset: int, wanted: int) -> bytes:
         """``wanted`` bytes from ``offset`` on, of the file that has ``num_bytes``."""
+        if wanted == 0:  # a range has a byte at least
+            return b""
         with self._answer(path, f"bytes={offset}-{offset + wanted - 1}") as answer:
             if answer.status_code != 206 and wanted < num_bytes:  # unread: it may be large
                 raise NoRanges(
@@ -177,8 +180,6 @@ class _RemoteFile(io.RawIOBase):
     def read(self, num_bytes: int = -1) -> bytes:
         left = max(self._num_bytes - self._at, 0)
         wanted = left if num_bytes < 0 else min(num_bytes, left)
-        if wanted == 0:
-            return b""
         data = self._files.read_at(self._path, self._num_bytes, self._at, wanted)
         self._at += wanted
         return data

@@ -41,11 +41,13 @@ class Task:
     """Rows that this process has claimed.
 
     rows: (chunk, row), sorted. stamps: of rows that an order needs. urgent: somebody waits for those without a stamp.
+    is_suspect: somebody died over its only row, which is to take no others with it.
     """
 
     rows: list[tuple[int, int]]
     urgent: bool = False
     stamps: dict[int, Stamp] = field(default_factory=dict)
+    is_suspect: bool = False
 
 
 class DecodeSchedule:
@@ -92,7 +94,7 @@ class DecodeSchedule:
         task = self._next_wanted(most)
         if task is None and word != self._blocked_word:
             return self._next_ordered(most) or self._next_fill(most)
-        if task is not None and self._cut.is_open and len(task.rows) < most and word != self._blocked_word:
+        if task is not None and self._may_top_up(task, most) and word != self._blocked_word:
             self._top_up(task, most)
         return task
 
@@ -131,15 +133,20 @@ class DecodeSchedule:
                 return None
             # The other prefetchers get their part too.
             num = min(most, max(-(-len(rows) // self._num_prefetchers), 2))
-            got = self._claim(rows[:num])
+            got, is_suspect = self._claim(rows[:num])
             if got:
-                return self._task(got, urgent=True)
+                return self._task(got, is_suspect, urgent=True)
         return None
+
+    def _may_top_up(self, task: Task, most: int) -> bool:
+        return self._cut.is_open and len(task.rows) < most and not task.is_suspect
 
     def _top_up(self, task: Task, most: int) -> None:
         """Add to what readers of a stream wait for what they will want next: else each waits for row after row."""
         more = self._next_ordered(most - len(task.rows))
-        if more is not None:
+        if more is not None and more.is_suspect:
+            self.give_back(more, [row for _, row in more.rows])
+        elif more is not None:
             task.rows = sorted(task.rows + more.rows)
             task.stamps = more.stamps
 
@@ -154,13 +161,13 @@ class DecodeSchedule:
             ahead = self._ahead[order.key]
             if ahead.move(order, num_ahead):
                 self._wait_s = 0.0
-            got = self._claim_ahead(order, ahead, most)
+            got, is_suspect = self._claim_ahead(order, ahead, most)
             if not got and self._may_refresh(ahead):
                 with self._refresh_pace:
                     ahead.refresh(order)
-                    got = self._claim_ahead(order, ahead, most)
+                    got, is_suspect = self._claim_ahead(order, ahead, most)
             if got:
-                task = self._task(ahead.rows[got].tolist())
+                task = self._task(ahead.rows[got].tolist(), is_suspect)
                 untils = (np.array(got) + (ahead.begin + 1)).tolist()
                 task.stamps = dict(zip(ahead.rows[got].tolist(), map(order.stamp, untils), strict=True))
                 return task
@@ -195,8 +202,8 @@ class DecodeSchedule:
             num_ahead = min(num_ahead, self._most_ahead // num_living)
         return max(least, num_ahead)
 
-    def _claim_ahead(self, living: Followed, ahead: Lookahead, most: int) -> list[int]:
-        """Claim the first rows that can be had; where in the window they are."""
+    def _claim_ahead(self, living: Followed, ahead: Lookahead, most: int) -> tuple[list[int], bool]:
+        """Claim the first rows that can be had: where in the window they are, and whether it is a suspect."""
         to_do = ahead.to_do()
         for start in range(0, len(to_do), _BLOCK):
             at = to_do[start : start + _BLOCK]
@@ -206,12 +213,13 @@ class DecodeSchedule:
                 # Others may have made them since, and readers have read them, and they been evicted.
                 ahead.refresh(living, int(part[0]), int(part[-1]) + 1)
                 part = part[IS_TO_DO[ahead.states[part]]]
-                got = self._claim(ahead.rows[part])
+                got, is_suspect = self._claim(ahead.rows[part])
                 ahead.states[part] = native.ROW_WORK
                 if got:
                     mine = set(got)
-                    return [i for i, row in zip(part.tolist(), ahead.rows[part].tolist(), strict=True) if row in mine]
-        return []
+                    rows = ahead.rows[part].tolist()
+                    return [i for i, row in zip(part.tolist(), rows, strict=True) if row in mine], is_suspect
+        return [], False
 
     def _next_fill(self, most: int) -> Task | None:
         for _ in range(MOST_TRIES):
@@ -229,9 +237,9 @@ class DecodeSchedule:
                     self._fill_pace = pace
                     return None
             part, self._fill = self._fill[:most], self._fill[most:]
-            got = self._claim(part)
+            got, is_suspect = self._claim(part)
             if got:
-                return self._task(got)
+                return self._task(got, is_suspect)
         self._wait_s = 0.0
         return None
 
@@ -259,19 +267,19 @@ class DecodeSchedule:
         rows = np.unique(np.array(wanted, np.int64))
         return rows[self._cut.has_encoded(rows)]
 
-    def _claim(self, rows: Rows) -> list[int]:
-        """Those of ``rows`` that are had now; if only rows can be had over which somebody died, one of these."""
-        if not len(rows):
-            return []
-        got = self._writer.claim(rows.tolist())
-        if not got:
-            suspects = rows[look(self._segment, rows) == native.ROW_SUSPECT]
-            got = next(filter(None, (self._writer.claim([row]) for row in suspects.tolist())), [])
-        return got
+    def _claim(self, rows: Rows) -> tuple[list[int], bool]:
+        """Those of ``rows`` that are had now, False; or one over which somebody died, if only such can be had, True."""
+        if len(rows) > 1 and (got := self._writer.claim(rows.tolist())):
+            return got, False
+        suspects = rows[look(self._segment, rows) == native.ROW_SUSPECT]
+        for row in suspects.tolist():
+            if got := self._writer.claim([row]):
+                return got, True
+        return (self._writer.claim(rows.tolist()) if len(rows) == 1 else []), False
 
-    def _task(self, rows: list[int], urgent: bool = False) -> Task:
+    def _task(self, rows: list[int], is_suspect: bool, urgent: bool = False) -> Task:
         chunks = self._cut.chunk_of(np.array(rows, np.int64)).tolist()
-        return Task(sorted(zip(chunks, rows, strict=True)), urgent)
+        return Task(sorted(zip(chunks, rows, strict=True)), urgent, is_suspect=is_suspect)
 
     def _is_due(self, pace: Pace) -> bool:
         wait_s = pace.wait_s()

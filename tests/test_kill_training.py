@@ -37,6 +37,7 @@ from shmloader.prefetch.futility import MAX_IDLE_DEATHS
 from support_sets import gated, number, wait_until
 from pathlib import Path
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, if nohup started the tests
 name, gate, way = sys.argv[1:]
 dataset = ShmMultimodalDataset(
     dataset_name=name,
